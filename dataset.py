@@ -1,0 +1,708 @@
+"""
+Text in, token shards out.
+
+    python dataset.py                                          # FineWeb-Edu sample-10BT -> data/fineweb-edu/
+    python dataset.py --source=book.txt --tokenizer=bpe:4096   # your own text, your own tokenizer -> data/book/
+
+A shard is a file in the format of llm.c: 256 little-endian int32 (magic, version, token count, zeros), then the
+tokens as uint16. Every document begins with the end-of-text token; text is encoded with special tokens off.
+Killed at any instant and started again, the command goes on, to the same bytes.
+"""
+import argparse
+import difflib
+import glob
+import hashlib
+import heapq
+import json
+import os
+import re
+import sys
+import threading
+import time
+import zlib
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Callable
+
+import numpy as np
+import tiktoken
+
+EOT = "<|endoftext|>"
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MANIFEST, PROGRESS, TOKENIZER = "meta.json", "progress.json", "tokenizer.json"
+
+# Named sources: `hub` and `config` name a Hugging Face dataset; `tokens` is about what it holds, for the time left.
+SOURCES = {
+    "fineweb-edu": dict(hub="HuggingFaceFW/fineweb-edu", config="sample-10BT", tokens=10e9),
+    "fineweb": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", tokens=10e9),
+    "tinystories": dict(hub="roneneldan/TinyStories", tokens=470e6),
+    "wikisource": dict(hub="wikimedia/wikisource", config="20231201.en"),
+}
+
+
+class UserError(Exception):
+    """A mistake its user can mend: a script prints it as one line, without a traceback."""
+
+
+# -- tokenizers. What travels is a spec, a plain dict that JSON and checkpoints can hold: {"name": "gpt2"},
+#    {"name": "byte"}, or {"name": "bpe:4096", "merges": [["t", "h"], ...], "special": ["<|endoftext|>"]}, its bytes as latin-1.
+
+def get_tokenizer(spec="gpt2"):
+    """A name, a path to tokenizer.json (or its folder), or a spec -> tiktoken.Encoding"""
+    if isinstance(spec, str):
+        spec = tokenizer_spec(spec)
+    if spec["name"] == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as e:
+            raise UserError(f"cannot fetch the gpt2 vocabulary ({type(e).__name__}); check the network, set TIKTOKEN_CACHE_DIR "
+                            "to a folder that has it, or use --tokenizer=byte or bpe:N") from None
+    merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in spec.get("merges", ())]
+    ranks = {}
+    for token in [bytes([b]) for b in range(256)] + [a + b for a, b in merges]:
+        ranks.setdefault(token, len(ranks))
+    special = {s: len(ranks) + i for i, s in enumerate(spec.get("special", [EOT]))}
+    return tiktoken.Encoding(spec["name"], pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+
+
+def tokenizer_spec(name):
+    if name in ("gpt2", "byte"):
+        return {"name": name}
+    if bpe_size(name):
+        raise UserError(f"tokenizer {name} is trained on a text: python dataset.py --source=FILE.txt --tokenizer={name}")
+    path = os.path.join(name, TOKENIZER) if os.path.isdir(name) else name
+    if not os.path.isfile(path):
+        raise UserError(f"there is no tokenizer {name!r}; use gpt2, byte, bpe:N (bpe:4096, say) or the path of a {TOKENIZER}")
+    try:
+        with open(path, encoding="utf-8") as f:
+            spec = json.load(f)
+        if spec["name"] not in ("gpt2", "byte"):
+            [a + b for a, b in spec["merges"]], spec["special"].index(EOT)
+        return spec
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a tokenizer that dataset.py wrote") from None
+
+
+def bpe_size(name):
+    """"bpe:4096" -> 4096, None for other names. The size counts bytes, merges and special tokens."""
+    m = re.fullmatch(r"bpe:([\d_]+)", name)
+    if not m:
+        return None
+    n = int(m[1])
+    if not 257 < n <= 65536:
+        raise UserError(f"tokenizer {name}: N must be from 258 to 65536, since tokens are stored as uint16")
+    return n
+
+
+def tokenizer_fingerprint(enc):
+    h = hashlib.sha256()
+    for token in enc.token_byte_values() + [s.encode() for s in sorted(enc.special_tokens_set)]:
+        h.update(len(token).to_bytes(4, "little") + token)
+    return h.hexdigest()[:16]
+
+
+def token_bytes(enc):
+    """How many bytes of text each token stands for; special tokens stand for none.  -> (n_vocab,) int64"""
+    lengths = np.zeros(enc.n_vocab, dtype=np.int64)
+    special = {enc.encode_single_token(s) for s in enc.special_tokens_set}
+    for i in range(enc.n_vocab):
+        try:
+            lengths[i] = 0 if i in special else len(enc.decode_single_token_bytes(i))
+        except KeyError:  # a gap in the numbering
+            pass
+    return lengths
+
+
+def count_words(texts):
+    """The distinct pieces of the GPT-2 split, as bytes, and how often each occurs."""
+    import regex  # comes with tiktoken; re has no \p{L}
+    split, words = regex.compile(GPT2_SPLIT), Counter()
+    for text in texts:
+        words.update(split.findall(text))
+    return {w.encode("utf-8", "replace"): n for w, n in words.items()}
+
+
+def train_bpe(texts, vocab_size, special_tokens=(EOT,)):
+    """
+    Byte-level BPE: merges the most frequent pair of neighbours, again and again. A tie goes to the pair whose two byte
+    strings compare greater. Special tokens take their ids after the merges, so they only use up room here.
+
+    >>> train_bpe(["low low low lower"], 260, ["<|endoftext|>"])
+    [(b'o', b'w'), (b'l', b'ow'), (b' ', b'low')]
+    """
+    words = count_words([texts] if isinstance(texts, str) else texts)
+    symbols, counts = [list(w) for w in words], list(words.values())  # each word as the ids it is made of now
+    token = [bytes([b]) for b in range(256)]
+    ids = {t: i for i, t in enumerate(token)}
+    # Orders tokens backwards for the min-heap: each byte mirrored, and an end mark above all of them.
+    mirror = [chr(255 - b) + "\u0100" for b in range(256)]
+    pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words (or did once)
+    for w, s in enumerate(symbols):
+        for pair in zip(s, s[1:]):
+            pairs[pair] += counts[w]
+            where[pair].add(w)
+    entry = lambda pair: (-pairs[pair], mirror[pair[0]], mirror[pair[1]], pair)
+    heap = [entry(p) for p in pairs]
+    heapq.heapify(heap)
+
+    merges = []
+    while heap and len(token) + len(special_tokens) < vocab_size:
+        n, _, _, (a, b) = heapq.heappop(heap)
+        pair, n = (a, b), -n
+        if n != pairs[pair]:  # the entry is old: the pair lost occurrences since
+            if pairs[pair] > 0:
+                heapq.heappush(heap, entry(pair))
+            continue
+        merges.append((token[a], token[b]))
+        new = ids.setdefault(token[a] + token[b], len(token))
+        if new == len(token):
+            token.append(token[a] + token[b])
+            mirror.append(mirror[a][:-1] + mirror[b])
+        grown = set()
+        for w in where.pop(pair):
+            old, out, count, i = symbols[w], [], counts[w], 0
+            while i < len(old):
+                if old[i] == a and i + 1 < len(old) and old[i + 1] == b:
+                    if out:  # the left neighbour loses (left, a) and gains (left, new)
+                        pairs[out[-1], a] -= count
+                        pairs[out[-1], new] += count
+                        where[out[-1], new].add(w)
+                        grown.add((out[-1], new))
+                    if i + 2 < len(old):
+                        pairs[b, old[i + 2]] -= count
+                        pairs[new, old[i + 2]] += count
+                        where[new, old[i + 2]].add(w)
+                        grown.add((new, old[i + 2]))
+                    out.append(new)
+                    i += 2
+                else:
+                    out.append(old[i])
+                    i += 1
+            symbols[w] = out
+        del pairs[pair]
+        for p in grown:
+            if pairs[p] > 0:
+                heapq.heappush(heap, entry(p))
+    return merges
+
+
+# -- shards
+
+def shard_header(n):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, n
+    return header.tobytes()
+
+
+def write_shard(path, tokens):
+    tokens = np.asarray(tokens)
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < 2**16:
+        raise UserError(f"{path}: token {tokens.max()} does not fit uint16; a vocabulary may have 65,536 tokens at most")
+    write_atomically(path, shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
+
+
+def read_shard(path):
+    """The tokens of a .bin or .npy shard, memory-mapped.  -> (n,) uint16"""
+    try:
+        size = os.path.getsize(path)
+        if path.endswith(".npy"):
+            tokens = np.load(path, mmap_mode="r")
+            if tokens.dtype != np.uint16 or tokens.ndim != 1:
+                raise UserError(f"{path} holds {tokens.ndim}-dimensional {tokens.dtype}; a shard is one row of uint16")
+            return tokens
+        header = np.fromfile(path, dtype="<i4", count=256)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
+    except (ValueError, EOFError):
+        raise UserError(f"{path} is not a .npy file, or is cut short") from None
+    if len(header) < 256 or header[0] != MAGIC:
+        raise UserError(f"{path} is not a token shard: it does not begin with the magic number {MAGIC}")
+    if header[1] != VERSION:
+        raise UserError(f"{path} is a shard of version {header[1]}; only version {VERSION} is known")
+    n = int(header[2])
+    if size != HEADER_BYTES + 2 * n:
+        raise UserError(f"{path}: its header says {n:,} tokens, its length {(size - HEADER_BYTES) / 2:,g}; it is damaged or still being written")
+    if n == 0:
+        return np.empty(0, dtype="<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+
+
+def write_atomically(path, data):
+    """A file of this name is complete, whatever happens meanwhile."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def write_json(path, obj):
+    write_atomically(path, (json.dumps(obj, indent=1) + "\n").encode())
+
+
+class ShardWriter:
+    """
+    Appends tokens to train_000000.bin, val_000000.bin, ... `shards` says what they hold so far, a dict each; it is the
+    whole state: a writer made from a saved one cuts off what was written after it.
+    """
+
+    def __init__(self, folder, shard_tokens, lengths, eot, shards):
+        self.folder, self.shard_tokens, self.lengths, self.eot = folder, shard_tokens, lengths, eot
+        self.shards, self.files = shards, {}
+        for path in glob.glob(os.path.join(folder, "*.bin")):
+            if os.path.basename(path) not in {s["file"] for s in shards}:
+                os.remove(path)
+        for s in shards:
+            path = os.path.join(folder, s["file"])
+            if s["tokens"] < shard_tokens:
+                os.truncate(path, HEADER_BYTES + 2 * s["tokens"])
+                self.files[s["split"]] = open(path, "ab")
+            elif not os.path.isfile(path) or os.path.getsize(path) != HEADER_BYTES + 2 * s["tokens"]:
+                raise UserError(f"{path} is not as it was left; remove {folder} and start again")
+
+    def append(self, split, tokens):
+        while len(tokens):
+            own = [s for s in self.shards if s["split"] == split]
+            if not own or own[-1]["tokens"] == self.shard_tokens:
+                shard = dict(file=f"{split}_{len(own):06d}.bin", split=split, tokens=0, bytes=0, documents=0, crc32=0)
+                self.shards.append(shard)
+                self.files[split] = open(os.path.join(self.folder, shard["file"]), "wb")
+                self.files[split].write(shard_header(0))
+            else:
+                shard = own[-1]
+            part = tokens[:self.shard_tokens - shard["tokens"]]
+            tokens = tokens[len(part):]
+            raw = part.astype("<u2").tobytes()
+            self.files[split].write(raw)
+            shard["tokens"] += len(part)
+            shard["bytes"] += int(self.lengths[part].sum())
+            shard["documents"] += int(np.count_nonzero(part == self.eot))
+            shard["crc32"] = zlib.crc32(raw, shard["crc32"])
+            if shard["tokens"] == self.shard_tokens:
+                self.close(shard)
+
+    def close(self, shard):
+        """Writes the token count into the header, which a file opened for appending cannot."""
+        f = self.files.pop(shard["split"])
+        self.sync(f)
+        f.close()
+        with open(os.path.join(self.folder, shard["file"]), "r+b") as f:
+            f.write(shard_header(shard["tokens"]))
+            self.sync(f)
+
+    def sync(self, *files):
+        """What was appended is on the disk, and may be spoken of in a progress file."""
+        for f in files or self.files.values():
+            f.flush()
+            os.fsync(f.fileno())
+
+    def finish(self):
+        for split in list(self.files):
+            self.close([s for s in self.shards if s["split"] == split][-1])
+
+
+# -- sources. Each is read as batches of pieces and the state from which the next batch can be read. A piece is
+#    (text, whether it begins a document).
+
+@dataclass
+class Source:
+    name: str  # of the folder below data/
+    read: Callable  # state or None -> iterator of (pieces, next state)
+    size: int | None = None  # bytes, for local files
+    tokens: float | None = None  # about how many it holds, for the time left
+    fingerprint: str | None = None  # of local files: another text is noticed
+
+
+BATCH_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
+
+
+def open_source(spec, column="text", doc_sep=None):
+    row = SOURCES.get(spec)
+    if row or spec.startswith("hf:"):
+        if not row:
+            hub, _, config = spec[3:].partition(":")
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub):
+                raise UserError(f"source {spec}: a Hugging Face dataset is written hf:owner/name or hf:owner/name:config")
+            row = dict(hub=hub, config=config or None)
+        read = lambda state: read_dataset(spec, column, state, path=row["hub"], name=row.get("config"))
+        return Source(spec if spec in SOURCES else re.sub(r"\W+", "-", row["hub"].split("/")[-1].lower()), read, tokens=row.get("tokens"))
+
+    paths = sorted(glob.glob(spec, recursive=True)) if glob.has_magic(spec) and not os.path.exists(spec) else [spec]
+    paths = [p for p in paths if not os.path.isdir(p)] if len(paths) > 1 else paths
+    if not paths:
+        raise UserError(f"no file matches {spec}")
+    if not os.path.exists(spec) and not glob.has_magic(spec):
+        near = difflib.get_close_matches(spec, SOURCES, 1)
+        raise UserError(f"there is no source {spec!r}" + (f"; did you mean {near[0]}?" if near else
+                        f"; use {', '.join(SOURCES)}, hf:owner/name, or a .txt, .jsonl or .parquet file"))
+    for p in paths:
+        if os.path.isdir(p):
+            raise UserError(f"{p} is a folder; name its files, '{os.path.join(p, '*.txt')}' say")
+        if not os.access(p, os.R_OK):
+            raise UserError(f"cannot read {p}: permission denied")
+    size = sum(map(os.path.getsize, paths))
+    if size == 0:
+        raise UserError(f"{spec} is empty")
+    stem = os.path.splitext(os.path.basename(spec))[0]
+    name = re.sub(r"[^\w.-]+", "", stem) or os.path.basename(os.path.dirname(os.path.abspath(spec)))
+    kind = os.path.splitext(paths[0])[1].lower()
+    if len({os.path.splitext(p)[1].lower() for p in paths} & {".jsonl", ".parquet"}) and len({os.path.splitext(p)[1].lower() for p in paths}) > 1:
+        raise UserError(f"{spec} matches files of several kinds; name one kind")
+    if kind in (".jsonl", ".parquet"):
+        if doc_sep is not None:
+            raise UserError(f"--doc_sep is for text files; in {spec} every row is a document")
+        loader = "json" if kind == ".jsonl" else "parquet"
+        read = lambda state: read_dataset(spec, column, state, path=loader, data_files=paths)
+    else:
+        # A text with few, long documents is cut into pieces, so that it too can be divided into train and val.
+        piece = min(PIECE_BYTES, max(64, size // 20))
+        read = lambda state: read_text(paths, doc_sep, piece, state)
+    return Source(name, read, size=size, fingerprint=file_fingerprint(paths))
+
+
+def file_fingerprint(paths):
+    """Of length, beginning and end: quick at any size, and an edit of a text rarely leaves all three."""
+    h = hashlib.sha256()
+    for p in paths:
+        with open(p, "rb") as f:
+            size = os.path.getsize(p)
+            h.update(size.to_bytes(8, "little") + f.read(1 << 24))
+            f.seek(max(0, size - (1 << 24)))
+            h.update(f.read())
+    return h.hexdigest()[:16]
+
+
+def read_text(paths, doc_sep, piece_bytes, state):
+    """
+    Documents of text files, separated by blank lines or by doc_sep. A document longer than piece_bytes comes in pieces,
+    cut before white space, where no token of the GPT-2 split ends up different.
+    """
+    sep = re.compile(re.escape(doc_sep.encode()) if doc_sep else rb"\n(?:[ \t\r]*\n)+")
+    file_index, offset, inside = state or (0, 0, False)
+    look = piece_bytes + 4096  # what is searched for the end of a document: the same wherever reading began
+    batch, batch_bytes = [], 0
+    for file_index in range(file_index, len(paths)):
+        path = paths[file_index]
+        with open(path, "rb") as f:
+            f.seek(offset)
+            buffer, pos, more = b"", 0, True
+            while True:
+                if more and len(buffer) - pos < look:
+                    chunk = f.read(4 * look)
+                    more = bool(chunk)
+                    buffer, pos = buffer[pos:] + chunk, 0
+                    continue
+                if pos == len(buffer):
+                    break
+                m = sep.search(buffer, pos, pos + look)
+                if m and m.start() - pos <= piece_bytes:
+                    end, after, ends = m.start(), m.end(), True
+                elif len(buffer) - pos <= piece_bytes:
+                    end, after, ends = len(buffer), len(buffer), True
+                else:
+                    end = after = cut_point(buffer, pos, pos + piece_bytes)
+                    ends = False
+                text = decode(buffer[pos:end], path, offset)
+                text = text if inside else text.lstrip("\n")
+                text = text.rstrip("\n") if ends else text
+                if text:
+                    batch.append((text, not inside))
+                    batch_bytes += end - pos
+                offset += after - pos
+                pos, inside = after, not ends and (inside or bool(text))
+                if batch_bytes >= BATCH_BYTES:
+                    yield batch, (file_index, offset, inside)
+                    batch, batch_bytes = [], 0
+        offset, inside = 0, False
+    if batch:
+        yield batch, (len(paths), 0, False)
+
+
+def cut_point(buffer, start, end):
+    """The last place in (start, end] where white space follows something else, else one between two characters."""
+    at = end
+    while (at := max(buffer.rfind(b" ", start + 1, at), buffer.rfind(b"\n", start + 1, at))) > start:
+        if not buffer[at - 1:at].isspace():
+            return at
+    at = end
+    while buffer[at] & 0xC0 == 0x80 and at > start + 1:  # a continuation byte of UTF-8
+        at -= 1
+    return at
+
+
+def decode(raw, path, offset):
+    try:
+        if b"\0" in raw:
+            raise UnicodeDecodeError("utf-8", raw, raw.index(b"\0"), raw.index(b"\0") + 1, "zero byte")
+        if b"\r" in raw:
+            raw = raw.replace(b"\r\n", b"\n")
+        return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start:,}: {e.reason}); "
+                        "is it a binary file, or in another encoding?") from None
+
+
+def read_dataset(spec, column, state, path, **where):
+    """Rows of a Hugging Face dataset, from the hub or from local files, as a stream."""
+    import datasets
+    datasets.disable_progress_bars()
+    try:
+        ds = datasets.load_dataset(path, split="train", streaming=True, **where)
+        if state:
+            ds.load_state_dict(state)
+        for rows in ds.iter(batch_size=256):
+            if column not in rows:
+                raise UserError(f"{spec} has no column {column!r}; its columns are {', '.join(rows)}: choose with --column")
+            texts = rows[column]
+            if wrong := [t for t in texts if not isinstance(t, (str, type(None)))]:
+                raise UserError(f"column {column!r} of {spec} holds {type(wrong[0]).__name__}, not text")
+            yield [(t, True) for t in texts if t], ds.state_dict()
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UserError(f"{spec} is not on the Hugging Face hub, or needs a login (huggingface-cli login)") from None
+    except ConnectionError:
+        raise UserError(f"cannot reach the Hugging Face hub for {spec}; check the network and run again, or work offline "
+                        "from a local file: --source=FILE.txt, .jsonl or .parquet") from None
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as e:  # pyarrow's errors are ValueErrors
+        raise UserError(f"cannot read {spec}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+
+
+# -- the work
+
+def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc_sep=None, shard_tokens=100_000_000,
+            val_tokens=None, special=(EOT,), bpe_bytes=200_000_000, workers=None):
+    """Tokenizes a source into a folder of shards, and returns the folder. Goes on where an earlier call was stopped."""
+    src = open_source(source, column, doc_sep)
+    out = out or os.path.join("data", src.name)
+    if shard_tokens < 1 or (val_tokens or 0) < 0:
+        raise UserError("--shard_tokens must be at least 1 and --val_tokens at least 0")
+    if EOT not in special:
+        raise UserError(f"--special must name {EOT}, which begins every document")
+    # val_tokens: the first tokens of the stream. By default a shard of a large source, else a tenth of the documents.
+    large = src.size is None or src.size > 80 * shard_tokens  # 20 shards, at 4 bytes a token
+    val_tokens = shard_tokens if val_tokens is None and large else val_tokens
+    settings = dict(version=1, source=source if src.size is None else os.path.basename(source), source_fingerprint=src.fingerprint,
+                    tokenizer=tokenizer, column=column, doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens)
+    if bpe_size(tokenizer):
+        settings.update(special=list(special), bpe_bytes=bpe_bytes)
+
+    try:
+        os.makedirs(out, exist_ok=True)
+        path = lambda name: os.path.join(out, name)
+        if (manifest := read_json(path(MANIFEST))) is not None:
+            check_settings(out, manifest["settings"], settings)
+            if os.path.exists(path(PROGRESS)):
+                os.remove(path(PROGRESS))
+            say(f"{out} is complete: {count_line(manifest['shards'])}")
+            return out
+        progress = read_json(path(PROGRESS))
+        if progress:
+            check_settings(out, progress["settings"], settings)
+        elif strangers := [f for f in os.listdir(out) if f.endswith((".bin", ".npy"))]:
+            raise UserError(f"{out} already holds {strangers[0]}, which this command did not write; choose another --out")
+        else:
+            progress = dict(settings=settings, state=None, pieces=0, shards=[])
+            write_json(path(PROGRESS), progress)
+        enc, spec = prepare_tokenizer(src, tokenizer, special, bpe_bytes, path(TOKENIZER))
+        tokenize(src, enc, out, progress, workers or os.cpu_count() or 1)
+        splits = {s["split"] for s in progress["shards"]}
+        if not progress["shards"] or (val_tokens is None and "train" not in splits):
+            raise UserError(f"{source} holds too little text to divide into train and val" if splits else f"{source} holds no text")
+        write_json(path(MANIFEST), dict(
+            settings=settings, tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)),
+            vocab_size=enc.n_vocab, eot=enc.eot_token, shards=progress["shards"]))
+        os.remove(path(PROGRESS))
+    except OSError as e:
+        if isinstance(e, ConnectionError):
+            raise
+        raise UserError(f"cannot write {out}: {e.strerror or e}") from None
+    say(f"{out}: {count_line(progress['shards'])}")
+    return out
+
+
+def prepare_tokenizer(src, name, special, bpe_bytes, path):
+    """The tokenizer and its spec; a BPE is trained unless an interrupted run already did."""
+    size = bpe_size(name)
+    if size and not os.path.exists(path):
+        if size < 256 + len(special):
+            raise UserError(f"tokenizer {name} has no room for 256 bytes and {len(special)} special tokens")
+        say(f"training tokenizer {name}")
+        merges = train_bpe(first_bytes(src, bpe_bytes), size, special)
+        if len(merges) < size - 256 - len(special):
+            say(f"the text has only {len(merges)} pairs to merge: the tokenizer is smaller than {name}")
+        spec = dict(name=name, merges=[[a.decode("latin-1"), b.decode("latin-1")] for a, b in merges], special=list(special))
+    else:
+        spec = tokenizer_spec(path if size else name)
+    enc = get_tokenizer(spec)
+    if enc.n_vocab > 2**16:
+        raise UserError(f"tokenizer {name} has {enc.n_vocab:,} tokens; uint16 shards hold 65,536 at most")
+    write_json(path, spec)
+    return enc, spec
+
+
+def first_bytes(src, limit):
+    for pieces, _ in src.read(None):
+        for text, _ in pieces:
+            if limit <= 0:
+                return
+            yield text
+            limit -= len(text)
+
+
+def tokenize(src, enc, out, progress, workers):
+    """
+    Encodes batches on all cores and writes them in order. tiktoken leaves Python's lock while it encodes, so threads do:
+    nothing is copied between processes, and nothing depends on how a platform starts them. Each has an encoder of its own,
+    since the regular expressions of a shared one are a fifth slower for every thread but the first.
+    """
+    own = threading.local()
+
+    def start():
+        own.enc = tiktoken.Encoding(enc.name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks, special_tokens=enc._special_tokens)
+
+    settings, shards = progress["settings"], progress["shards"]
+    writer = ShardWriter(out, settings["shard_tokens"], token_bytes(enc), enc.eot_token, shards)
+    val_left = None if settings["val_tokens"] is None else \
+        settings["val_tokens"] - sum(s["tokens"] for s in shards if s["split"] == "val")
+    started, saved = time.time(), time.time()
+    done = sum(s["tokens"] for s in shards)
+    waiting, batches = deque(), src.read(progress["state"])
+    pieces_read = progress["pieces"]
+    with ThreadPoolExecutor(workers, initializer=start) as pool:
+        while True:
+            # A bounded queue of work, so that memory does not grow with the text.
+            while batches and len(waiting) < 2 * workers + 2:
+                if (batch := next(batches, None)) is None:
+                    batches = None
+                    break
+                pieces, state = batch
+                parts = {"train": pieces} if val_left is not None else {
+                    "val": [p for i, p in enumerate(pieces, pieces_read) if i % 10 == 0],
+                    "train": [p for i, p in enumerate(pieces, pieces_read) if i % 10]}
+                pieces_read += len(pieces)
+                work = {split: pool.submit(lambda part: encode_pieces(own.enc, part), part) for split, part in parts.items() if part}
+                waiting.append((work, state, pieces_read))
+            if not waiting:
+                break
+            work, progress["state"], progress["pieces"] = waiting.popleft()
+            for split, future in work.items():
+                tokens = future.result()
+                if val_left:
+                    writer.append("val", tokens[:val_left])
+                    tokens, val_left = tokens[val_left:], max(0, val_left - len(tokens))
+                writer.append(split, tokens)
+            if (now := time.time()) - saved > 2:
+                saved = now
+                writer.sync()
+                write_json(os.path.join(out, PROGRESS), progress)
+                report(src, shards, done, now - started)
+    writer.finish()
+
+
+def encode_pieces(enc, pieces):
+    """
+    One call of tiktoken for many documents: joined by the end-of-text string, which is special there alone. Where a
+    document holds that string itself, or half a surrogate pair, each is encoded on its own.  -> (n,) uint32
+    """
+    joined = "".join(EOT + text if begins else text for text, begins in pieces)
+    if joined.count(EOT) == sum(begins for _, begins in pieces):
+        try:
+            return enc.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
+        except UnicodeEncodeError:
+            pass
+    return np.array([t for text, begins in pieces for t in [enc.eot_token] * begins + enc.encode_ordinary(text)], dtype=np.uint32)
+
+
+def report(src, shards, done, seconds):
+    tokens, n_bytes = sum(s["tokens"] for s in shards), sum(s["bytes"] for s in shards)
+    rate = (tokens - done) / seconds
+    share = n_bytes / src.size if src.size else tokens / src.tokens if src.tokens else None
+    left = tokens / share - tokens if share else None
+    say(f"{tokens:,} tokens, {rate:,.0f} tokens/s" + (f", {min(share, 1):.0%}, {clock(max(left, 0) / rate)} left" if left is not None and rate else ""), again=True)
+
+
+def check_settings(out, old, new):
+    for key in new:
+        if old.get(key) != new[key]:
+            if key == "source_fingerprint":
+                raise UserError(f"{out} was made from another version of {new['source']}; remove {out} or choose another --out")
+            raise UserError(f"{out} was made with {key}={old.get(key)}, not {new[key]}; remove {out} or choose another --out")
+
+
+def read_json(path):
+    """None where there is no such file."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path} is damaged; remove its folder and prepare the data again") from None
+
+
+def count_line(shards):
+    count = lambda split: sum(s["tokens"] for s in shards if s["split"] == split)
+    return ", ".join(f"{count(split):,} {split} tokens" for split in ("train", "val", "test") if count(split)) + \
+        f", {sum(s['documents'] for s in shards):,} documents"
+
+
+def clock(seconds):
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
+
+
+def say(line, again=False):
+    """A line of news; `again` marks one that, on a terminal, the next line replaces."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{line}", end="" if again else "\n", flush=True)
+    else:
+        print(line, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message):
+        if m := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            near = difflib.get_close_matches(m[1], self._option_string_actions, 1)
+            message = f"there is no option {m[1]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--source", default="fineweb-edu", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], or .txt, .jsonl, .parquet files, 'dir/*.txt' (%(default)s)")
+    p.add_argument("--tokenizer", default="gpt2", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (%(default)s)")
+    p.add_argument("--out", help="folder for the shards (data/NAME)")
+    p.add_argument("--doc_sep", help=r"what separates the documents of a text file, \n for a newline (blank lines)")
+    p.add_argument("--column", default="text", help="the column with the text, in tables (%(default)s)")
+    p.add_argument("--val_tokens", type=integer, help="the first tokens, kept for validation (the first shard of a large source, a tenth of the documents of a small one)")
+    p.add_argument("--shard_tokens", type=integer, default=100_000_000, help="tokens a shard (%(default)s)")
+    p.add_argument("--special", default=EOT, help="special tokens of bpe:N, separated by commas (%(default)s)")
+    p.add_argument("--bpe_bytes", type=integer, default=200_000_000, help="bpe:N is trained on this much of the source (%(default)s)")
+    p.add_argument("--workers", type=int, help="threads that tokenize (all cores)")
+    a = p.parse_args()
+    if a.doc_sep is not None:
+        a.doc_sep = a.doc_sep.replace("\\n", "\n")
+        if not a.doc_sep:
+            raise UserError("--doc_sep must not be empty")
+    prepare(a.source, a.tokenizer, a.out, a.column, a.doc_sep, a.shard_tokens, a.val_tokens, a.special.split(","), a.bpe_bytes, a.workers)
+
+
+def integer(text):
+    """"100_000", "1e8" -> int"""
+    n = float(text)
+    if n != int(n):
+        raise ValueError
+    return int(n)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"dataset.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ndataset.py: stopped; the same command goes on from here")
