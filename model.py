@@ -1,0 +1,459 @@
+"""
+GPT-2 (Radford et al., 2019), with the few switches by which its descendants differ from it.
+
+The defaults of GPTConfig are GPT-2 124M. Parameter names are those of Hugging Face and nanoGPT
+(transformer.wte.weight, transformer.h.0.attn.c_attn.weight, ...), so weights travel both ways.
+"""
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class UserError(Exception):
+    """A mistake its user can mend: a script prints it as one line, without a traceback."""
+
+
+GPT2_TOKENS, GPT2_PADDED = 50257, 50304  # the vocabulary, and its next multiple of 128: faster
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # T: how many tokens the model sees at once
+    vocab_size: int = GPT2_PADDED  # rows of the embedding
+    n_tokens: int = 0  # ids in use; the rows above them are padding and never sampled (0: all rows, or GPT-2's)
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorms
+    qkv_bias: bool = True  # in the query-key-value projection, if bias
+    pos: str = "learned"  # learned | sinusoidal | rotary
+    tie_head: bool = True  # the output head shares the token embedding
+    head_bias: bool = False
+    norm: str = "layer"  # layer | rms
+    act: str = "gelu"  # gelu (tanh form, as GPT-2) | gelu_erf (exact, as nanoGPT) | relu2
+    qk_norm: bool = False  # normalise queries and keys per head
+    softcap: float = 0.0  # logits -> c * tanh(logits / c); 0: off
+    zero_init: bool = False  # residual projections start at zero instead of at GPT-2's scaled normal
+    attention: str = "fused"  # fused | reference (the same sums, written out)
+
+    def __post_init__(self):
+        if not self.n_tokens:
+            self.n_tokens = GPT2_TOKENS if self.vocab_size == GPT2_PADDED else self.vocab_size
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.pos == "rotary" and self.n_embd // self.n_head % 2:
+            raise UserError(f"pos=rotary needs an even head size, not n_embd/n_head={self.n_embd // self.n_head}")
+        if self.pos == "sinusoidal" and self.n_embd % 2:
+            raise UserError(f"pos=sinusoidal needs an even n_embd, not {self.n_embd}")
+        if self.n_tokens > self.vocab_size:
+            raise UserError(f"vocab_size={self.vocab_size} is too small for {self.n_tokens} tokens")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+
+
+CHOICES = {
+    "pos": ("learned", "sinusoidal", "rotary"),
+    "norm": ("layer", "rms"),
+    "act": ("gelu", "gelu_erf", "relu2"),
+    "attention": ("fused", "reference"),
+}
+
+# What differs from GPTConfig's defaults.
+CONFIGS = {
+    "gpt2": {},
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+    "gpt-xs": dict(block_size=512),
+    "custom-gpt": dict(n_head=10, n_embd=640, block_size=512, vocab_size=50000),
+    "toygpt-small": dict(n_head=8, block_size=512, vocab_size=50257, pos="sinusoidal", head_bias=True),
+    "toygpt-medium": dict(n_layer=16, n_head=8, n_embd=1024, block_size=512, vocab_size=50257,
+                          pos="sinusoidal", head_bias=True),
+    "toygpt-large": dict(n_layer=24, n_head=16, n_embd=2048, block_size=512, vocab_size=50257,
+                         pos="sinusoidal", head_bias=True),
+    "tinystories": dict(block_size=256, vocab_size=50257, tie_head=False, qkv_bias=False, dropout=0.1),
+    "tinystories-small": dict(n_layer=6, n_head=6, n_embd=384, block_size=128, vocab_size=50257,
+                              tie_head=False, qkv_bias=False, dropout=0.1),
+    "tinystories-large": dict(n_layer=24, n_head=16, n_embd=1024, block_size=512, vocab_size=50257,
+                              tie_head=False, qkv_bias=False, dropout=0.1),
+}
+
+
+def make_norm(cfg):
+    if cfg.norm == "rms":
+        return nn.RMSNorm(cfg.n_embd, eps=1e-5)
+    return nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+
+
+def sinusoids(T, C):
+    """Positions of "Attention Is All You Need", 3.5: sin at even channels, cos at odd.  -> (T, C)"""
+    angle = torch.arange(T)[:, None] / 10000 ** (torch.arange(0, C, 2) / C)  # (T, C/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (Su et al., 2021), halves paired.  x (B, nh, T, hs), cos and sin (T, hs/2)"""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def reference_attention(q, k, v, dropout=0.0):
+    """softmax(q k^T / sqrt(hs)) v over the past: what the fused kernel computes, one step a line."""
+    T = q.size(-2)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, hs) x (B, nh, hs, T) -> (B, nh, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
+    return F.dropout(weights, dropout, training=dropout > 0).to(v.dtype) @ v  # -> (B, nh, T, hs)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias and cfg.qkv_bias)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x, rotary):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.cfg.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, T, C) -> (B, nh, T, hs)
+        if self.cfg.qk_norm:
+            q, k = (F.rms_norm(t, (t.size(-1),)) for t in (q, k))
+        if rotary is not None:
+            cos, sin = (t[:T].to(q.dtype) for t in rotary)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        dropout = self.cfg.dropout if self.training else 0.0
+        if self.cfg.attention == "fused":
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            y = reference_attention(q, k, v, dropout)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, nh, T, hs) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.act = cfg.act
+        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x):
+        x = self.c_fc(x)  # (B, T, C) -> (B, T, 4C)
+        if self.act == "relu2":
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh" if self.act == "gelu" else "none")
+        return self.c_proj(x)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.ln_1 = make_norm(cfg)
+        self.attn = CausalSelfAttention(cfg)
+        self.ln_2 = make_norm(cfg)
+        self.mlp = MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, rotary):
+        x = x + self.drop(self.attn(self.ln_1(x), rotary))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, a third more time
+        C = cfg.n_embd
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(cfg.vocab_size, C)})
+        if cfg.pos == "learned":
+            self.transformer["wpe"] = nn.Embedding(cfg.block_size, C)
+        self.transformer.update({
+            "drop": nn.Dropout(cfg.dropout),
+            "h": nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
+            "ln_f": make_norm(cfg),
+        })
+        self.lm_head = nn.Linear(C, cfg.vocab_size, bias=cfg.head_bias)
+        if cfg.tie_head:
+            self.lm_head.weight = self.transformer.wte.weight
+        if cfg.pos == "sinusoidal":
+            self.register_buffer("sinusoids", sinusoids(cfg.block_size, C), persistent=False)
+        if cfg.pos == "rotary":
+            hs = C // cfg.n_head
+            angle = torch.arange(cfg.block_size)[:, None] * 10000 ** (-torch.arange(0, hs, 2) / hs)  # (T, hs/2)
+            self.register_buffer("rotary", torch.stack((angle.cos(), angle.sin())), persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: normal(0, 0.02); what is added to the residual stream 2 * n_layer times, 1/sqrt(2 * n_layer) of it."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                residual = name.endswith("c_proj")
+                if residual and self.cfg.zero_init:
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.cfg.n_layer) if residual else 0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) -> logits (B, T, vocab) and the mean loss over targets >= 0; without targets the last position's logits only."""
+        B, T = idx.shape
+        assert T <= self.cfg.block_size, f"{T} tokens are more than block_size={self.cfg.block_size}"
+        x = self.transformer.wte(idx)  # (B, T) -> (B, T, C)
+        if self.cfg.pos == "learned":
+            x = x + self.transformer.wpe.weight[:T]
+        elif self.cfg.pos == "sinusoidal":
+            x = x + self.sinusoids[:T]
+        x = self.transformer.drop(x)
+        rotary = self.rotary if self.cfg.pos == "rotary" else None
+        for block in self.transformer.h:
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.logits(x[:, -1:]), None
+        logits = self.logits(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def logits(self, x):
+        logits = self.lm_head(x)  # (B, T, C) -> (B, T, vocab)
+        if self.cfg.softcap:
+            logits = self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap)
+        return logits
+
+    # -- what it costs
+
+    def param_counts(self):
+        """Parameters by component; a tied head adds only its bias."""
+        t = self.transformer
+        count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+        counts = {
+            "embeddings": count(t.wte),
+            "positions": count(t.wpe) if self.cfg.pos == "learned" else 0,
+            "attention": count(*(b.attn for b in t.h)),
+            "feed-forward": count(*(b.mlp for b in t.h)),
+            "norms": count(t.ln_f, *(n for b in t.h for n in (b.ln_1, b.ln_2))),
+            "head": count(self.lm_head) - (t.wte.weight.numel() if self.cfg.tie_head else 0),
+        }
+        counts["total"] = sum(p.numel() for p in self.parameters())
+        assert sum(counts.values()) == 2 * counts["total"], counts
+        return counts
+
+    def flops_per_token(self):
+        """Training FLOPs: 6 a weight that multiplies (forward 2, backward 4), and attention as PaLM's appendix B counts it."""
+        n = self.param_counts()
+        lookups = n["positions"] + (0 if self.cfg.tie_head else n["embeddings"])
+        return 6 * (n["total"] - lookups) + 12 * self.cfg.n_layer * self.cfg.n_embd * self.cfg.block_size
+
+    def optimizer_groups(self, weight_decay):
+        """Matrices and embeddings decay; biases and norms do not."""
+        params = list(self.parameters())
+        decay, rest = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+    # -- what it says
+
+    @torch.inference_mode()
+    def stream(self, idx, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """Yields the next token of every row, (B, 1), without end. The window slides over the last block_size tokens."""
+        was_training = self.training
+        self.eval()
+        try:
+            while True:
+                logits, _ = self(idx[:, -self.cfg.block_size:])
+                token = sample(logits[:, -1, :self.cfg.n_tokens], temperature, top_k, top_p, generator)
+                idx = torch.cat((idx, token), dim=1)
+                yield token
+        finally:
+            self.train(was_training)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """idx (B, T) -> (B, T + max_new_tokens): the prompt and its continuation."""
+        stream = self.stream(idx, temperature, top_k, top_p, generator)
+        new = [next(stream) for _ in range(max_new_tokens)]
+        stream.close()
+        return torch.cat([idx, *new], dim=1)
+
+    # -- where it comes from
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """GPT-2 weights of Hugging Face: a directory, or a name such as gpt2, gpt2-xl, owner/name."""
+        folder = name if os.path.isdir(name) else download(name)
+        config, weights = read_hugging_face(folder)
+        cfg = GPTConfig(
+            block_size=config["n_positions"], vocab_size=config["vocab_size"], n_layer=config["n_layer"],
+            n_head=config["n_head"], n_embd=config["n_embd"], tie_head=config.get("tie_word_embeddings", True),
+            act={"gelu_new": "gelu", "gelu": "gelu_erf", "relu2": "relu2"}[config.get("activation_function", "gelu_new")])
+        model = cls(cfg)
+        weights = {k if k.startswith(("transformer.", "lm_head.")) else "transformer." + k: v for k, v in weights.items()
+                   if not k.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks, stored by old versions
+        for k in weights:
+            if k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                weights[k] = weights[k].t()  # their Conv1D stores (in, out)
+        if cfg.tie_head:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        load_weights(model, weights, name)
+        return model
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """logits (B, vocab) -> one token a row, (B, 1). Temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None and top_p < 1:
+        # keep the smallest set of tokens whose probability reaches top_p: drop those that come after it is reached
+        ordered, order = probs.sort(dim=-1, descending=True)
+        ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+    return torch.multinomial(probs, 1, generator=generator)
+
+
+# -- the machine
+
+def pick_device(name="auto", local_rank=0):
+    """auto | cuda | cuda:1 | mps | cpu -> torch.device"""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch raises either for a device that is not there
+        raise UserError(f"device={name} cannot be used here: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name, device):
+    """auto is bfloat16 where the hardware computes in it, else float16 on CUDA, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
+        if cpu.get("avx512_bf16") or cpu.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+# -- files
+
+def load_weights(model, weights, source):
+    """Copies a state dict into the model; any name or shape that does not fit is named."""
+    own = model.state_dict()
+    wrong = [f"{k} is missing" for k in own.keys() - weights.keys()]
+    wrong += [f"{k} is left over" for k in weights.keys() - own.keys()]
+    wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
+              for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if wrong:
+        raise UserError(f"{source} does not fit the model: {sorted(wrong)[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
+    model.load_state_dict(weights)
+
+
+def download(name):
+    """The local folder of a Hugging Face model, fetched if need be."""
+    from huggingface_hub import snapshot_download  # comes with datasets
+    name = name if "/" in name else "openai-community/" + name
+    try:
+        return snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "pytorch_model.bin"])
+    except Exception as e:  # a dozen types, from two libraries: no network, no such model, no permission
+        raise UserError(f"cannot get {name} from the Hugging Face hub ({type(e).__name__}); "
+                        "name a local directory with config.json and weights, or check the network") from None
+
+
+def read_hugging_face(folder):
+    """-> config dict, {name: tensor}"""
+    paths = {name: os.path.join(folder, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")}
+    if not os.path.exists(paths["config.json"]):
+        raise UserError(f"{folder} has no config.json; it is not a Hugging Face model")
+    with open(paths["config.json"]) as f:
+        config = json.load(f)
+    if config.get("model_type") != "gpt2":
+        raise UserError(f"{folder} holds a {config.get('model_type')} model; only gpt2 loads here")
+    if os.path.exists(paths["model.safetensors"]):
+        try:
+            from safetensors.torch import load_file
+            return config, load_file(paths["model.safetensors"])
+        except ImportError:
+            if not os.path.exists(paths["pytorch_model.bin"]):
+                raise UserError(f"{folder} is in safetensors format: pip install safetensors") from None
+    if not os.path.exists(paths["pytorch_model.bin"]):
+        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    return config, torch.load(paths["pytorch_model.bin"], map_location="cpu", weights_only=True)
+
+
+def find_checkpoints(out_dir):
+    """Checkpoints of a run, oldest first."""
+    folder = os.path.join(out_dir, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [os.path.join(folder, n) for n in sorted(names) if n.startswith("model_") and n.endswith(".pt")]
+
+
+def read_checkpoint(path):
+    """The dict that train.py saved, on the CPU. weights_only: a hostile file cannot run code."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # what torch raises on a foreign file depends on its first bytes
+        raise UserError(f"{path} is not a checkpoint, or is damaged ({type(e).__name__})") from None
+    if not isinstance(ckpt, dict) or "model_config" not in ckpt:
+        raise UserError(f"{path} is not a checkpoint of train.py")
+    return ckpt
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> the model, ready for use, and the rest of the checkpoint (step, tokenizer, training config, ...)."""
+    ckpt = read_checkpoint(path)
+    known = {f.name for f in fields(GPTConfig)}
+    if unknown := set(ckpt["model_config"]) - known:
+        raise UserError(f"{path} was written by a newer version: it uses {', '.join(sorted(unknown))}")
+    model = GPT(GPTConfig(**ckpt["model_config"]))
+    load_weights(model, ckpt.pop("model"), path)
+    return model.to(device).eval(), ckpt
+
+
+def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
+    """
+    A checkpoint, a Hugging Face folder or name, or None for the newest checkpoint of out_dir
+    -> the model, the spec of its tokenizer, and a line that says what it is
+    """
+    if not name:
+        paths = find_checkpoints(out_dir)
+        if not paths:
+            raise UserError(f"{out_dir}/checkpoints has no checkpoint; train one (python train.py --recipe=tiny), or name one with --ckpt")
+        name = paths[-1]
+    device = pick_device(device)
+    if os.path.isfile(name):
+        model, ckpt = load_checkpoint(name)
+        spec, about = ckpt["tokenizer"], f"{name}, step {ckpt['step']:,}"
+    elif name.endswith(".pt"):
+        raise UserError(f"there is no checkpoint {name}")
+    else:
+        model, spec, about = GPT.from_pretrained(name), {"name": "gpt2"}, name
+    total = model.param_counts()["total"]
+    return model.to(device, pick_dtype(dtype, device)).eval(), spec, f"{about}, {total / 1e6:.1f}M parameters, {device.type}"
