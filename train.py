@@ -1,0 +1,741 @@
+"""
+Trains a GPT. One process on a CPU, a GPU or an Apple GPU, or one a GPU under torchrun, same code, same losses:
+
+    python train.py --recipe=tiny                        # two minutes on a laptop, no network
+    python train.py                                      # GPT-2 124M on one device
+    torchrun --nproc_per_node=8 train.py                 # on eight
+    python train.py --resume --out_dir=runs/a            # go on from the newest checkpoint, exactly
+
+Every hyperparameter below is an option, --name=value. A recipe sets several, --config=FILE.json too; the command line wins.
+"""
+import os
+import sys
+
+if __name__ == "__main__" and sys.platform == "linux":
+    # On a CPU, page faults cost more than anything else: let torch use large pages, and glibc keep what is freed.
+    # It must be said before torch is imported.
+    import ctypes
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+    except (OSError, AttributeError):  # a C library without mallopt
+        pass
+
+import contextlib
+import dataclasses
+import difflib
+import gc
+import hashlib
+import inspect
+import json
+import math
+import re
+import resource
+import signal
+import statistics
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import dataset
+import hellaswag
+import model as gpt
+from data_loader import DataLoader
+from model import CONFIGS, GPT, GPTConfig
+
+# -- hyperparameters -------------------------------------------------------------------------------------------------
+
+recipe = "gpt2"  # a row of RECIPES
+config = ""  # a JSON file of hyperparameters
+data = "data/fineweb-edu"  # a folder that dataset.py wrote, or a text, .jsonl or .parquet file, tokenized on first use
+tokenizer = "gpt2"  # of such a file: gpt2, byte, bpe:N, or the path of a tokenizer.json
+out_dir = "."  # log.txt and checkpoints/ go here
+init_from = ""  # start from these weights: a checkpoint, a Hugging Face folder, or a name such as gpt2
+resume = ""  # go on: newest (or nothing), a checkpoint, or auto (newest if there is one)
+new_data = False  # resume although the data is not what the checkpoint was trained on
+seed = 1337  # of the weights, of dropout, and of the order of the data
+total_batch_size = 524_288  # tokens a step, over all processes
+micro_batch = 0  # sequences a forward pass; 0: as many as fit
+max_steps = 19_073  # 0: as many as make `epochs`
+epochs = 0.0  # passes over the training data
+stride = 0  # tokens from one window to the next; 0: block_size
+optimizer = "adamw"  # adamw | muon (the blocks' matrices by Muon, the rest by AdamW)
+max_lr = 6e-4  # after the warm-up
+min_lr = 6e-5  # at the end
+warmup_steps = 715
+schedule = "cosine"  # cosine | wsd (warm up, stay, then decay linearly)
+cooldown = 0.4  # the share of all steps in which wsd decays
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+eps = 1e-8
+grad_clip = 1.0  # the gradient's norm is cut to this; 0: not
+device = "auto"  # auto | cuda | cuda:1 | mps | cpu
+dtype = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16 | float16
+compile = "auto"  # auto (on CUDA) | true | false
+grad_checkpoint = False  # recompute activations in the backward pass: less memory, about a third more time
+deterministic = False  # bit-for-bit repeatable on CUDA too, at some cost in speed
+val_interval = 250  # steps; 0: never
+val_tokens = 10_485_760  # the first tokens of the val split
+ckpt_interval = 1000  # steps; 0: never
+keep = 3  # newest checkpoints that stay, beside the best one
+sample_interval = 250  # steps; 0: never
+sample_prompt = ""  # what the samples begin with
+hella_interval = 250  # steps between HellaSwag scores; 0: never
+log_interval = 1  # steps
+usd_per_gpu_hour = 0.0  # to count dollars
+dry_run = False  # say what the run would be, and stop
+bench = 0  # measure this many steps on random tokens, print one line of JSON, and stop
+
+# --------------------------------------------------------------------------------------------------------------------
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SETTINGS = {k: v for k, v in globals().items() if k.islower() and k[0] != "_" and isinstance(v, (bool, int, float, str))}
+SHAPE = {f.name: f.default for f in dataclasses.fields(GPTConfig) if f.name != "n_tokens"}
+SHAPE["vocab_size"] = 0  # here 0 is the tokenizer's size, rounded up to a multiple of 128
+SETTINGS.update(SHAPE)
+
+ALLOWED = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
+           "compile": ("auto", "true", "false"), **gpt.CHOICES}
+AT_LEAST_ONE = ("total_batch_size", "keep", "log_interval", "val_tokens", "block_size", "n_layer", "n_head", "n_embd")
+
+RECIPES = {
+    "gpt2": {},
+    "gpt-xs": dict(**CONFIGS["gpt-xs"]),
+    "gpt2-custom": dict(data="data/fineweb", warmup_steps=768),
+    "tinystories": dict(**CONFIGS["tinystories"], data="data/tinystories", total_batch_size=8 * 256, epochs=20, max_lr=5e-4),
+    "tinystories-small": dict(**CONFIGS["tinystories-small"], data="data/tinystories", total_batch_size=8 * 128, epochs=20, max_lr=5e-4),
+    "tinystories-large": dict(**CONFIGS["tinystories-large"], data="data/tinystories", total_batch_size=8 * 512, epochs=20, max_lr=5e-4),
+    "tiny": dict(
+        n_layer=4, n_head=4, n_embd=192, block_size=128,
+        data=os.path.join(HERE, "input.txt"), tokenizer="bpe:1024", total_batch_size=16 * 128, max_steps=700,
+        max_lr=4e-3, min_lr=0.0, warmup_steps=50, beta2=0.95,
+        val_interval=100, ckpt_interval=100, sample_interval=0, sample_prompt="Once", hella_interval=0, log_interval=10),
+}
+
+# Dense bf16 (fp16 before Ampere) TFLOP/s with fp32 sums, from the makers' data sheets.
+PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
+               "A10G": 70, "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71}
+
+
+class UserError(Exception):
+    """A mistake its user can mend: it is printed as one line, without a traceback."""
+
+
+# -- settings: globals < recipe < config file < command line
+
+def configure(argv):
+    """Sets the globals above, and returns the checkpoint to resume from, if any."""
+    command = parse_command(argv)
+    chosen = command.get("recipe", recipe)
+    file = read_config(command.get("config", config))
+    chosen = command.get("recipe", file.get("recipe", recipe))
+    if chosen not in RECIPES:
+        raise UserError(f"there is no recipe {chosen!r}" + nearest(chosen, RECIPES))
+    layers = [RECIPES[chosen], file, command]
+    ckpt = find_resume({**SETTINGS, **file, **command})
+    if ckpt:
+        # What a run was begun with stays, but for what the command line changes. The shape cannot change.
+        for layer in layers:
+            for k, v in layer.items():
+                old = ckpt["model_config"].get(k)
+                if k in SHAPE and k not in ("dropout", "attention") and v != old and (k != "vocab_size" or v):
+                    raise UserError(f"the checkpoint {ckpt['path']} has {k}={old}, not {v}; a run is resumed in its own shape")
+        layers = [ckpt["train_config"], command]
+    settings = dict(SETTINGS)
+    for layer in layers:
+        if "epochs" in layer and "max_steps" not in layer:
+            settings["max_steps"] = 0
+        settings.update(layer)
+    for k, v in settings.items():
+        check(k, v)
+    globals().update(settings)
+    return ckpt
+
+
+def parse_command(argv):
+    """["--max_lr=1e-3", "--resume", "--seed", "7"] -> {"max_lr": 0.001, "resume": "newest", "seed": 7}"""
+    out, args = {}, list(argv)
+    while args:
+        arg = args.pop(0)
+        if arg in ("-h", "--help"):
+            print_help()
+            sys.exit()
+        name, eq, value = arg[2:].partition("=")
+        if not arg.startswith("--") or name not in SETTINGS:
+            raise UserError(f"there is no option {arg.partition('=')[0]}" + nearest(name, SETTINGS, "--"))
+        if not eq:
+            bare = {"resume": "newest", "compile": "true"}.get(name, "true" if isinstance(SETTINGS[name], bool) else None)
+            follows = args and not args[0].startswith("--")
+            if not follows and bare is None:
+                raise UserError(f"--{name} needs a value")
+            value = args.pop(0) if follows else bare
+        out[name] = convert(name, value)
+    return out
+
+
+def convert(name, value):
+    """The value in the type of the default: "1e9" and "524_288" are whole numbers."""
+    default = SETTINGS[name]
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[type(default)]
+    try:
+        if isinstance(default, bool):
+            return value if isinstance(value, bool) else {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if isinstance(default, str):
+            if not isinstance(value, (str, bool)):
+                raise ValueError
+            return value if isinstance(value, str) else str(value).lower()
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if not math.isfinite(number) or isinstance(default, int) and number != int(number):
+            raise ValueError
+        return type(default)(number)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{name}={value!r} is not {wanted}") from None
+
+
+def check(name, value):
+    if name in ALLOWED and value not in ALLOWED[name]:
+        raise UserError(f"{name}={value!r} must be one of {', '.join(ALLOWED[name])}")
+    if isinstance(value, (int, float)) and value < (name in AT_LEAST_ONE):
+        raise UserError(f"{name}={value} must be at least {int(name in AT_LEAST_ONE)}")
+    if name in ("beta1", "beta2", "dropout") and value >= 1 or name == "cooldown" and value > 1:
+        raise UserError(f"{name}={value} must be below 1")
+
+
+def read_config(path):
+    if not path:
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            settings = json.load(f)
+    except OSError as e:
+        raise UserError(f"cannot read config {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"config {path} is not JSON: {e}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"config {path} must hold one JSON object, {{\"max_lr\": 1e-3, ...}}")
+    for name in settings:
+        if name not in SETTINGS:
+            raise UserError(f"config {path}: there is no hyperparameter {name}" + nearest(name, SETTINGS))
+    return {name: convert(name, value) for name, value in settings.items()}
+
+
+def find_resume(settings):
+    """The checkpoint that --resume means, read, or None."""
+    resume, out_dir = settings["resume"], settings["out_dir"]
+    if not resume:
+        return None
+    if resume not in ("newest", "auto"):
+        return {**gpt.read_checkpoint(resume), "path": resume}
+    paths = gpt.find_checkpoints(out_dir)
+    for path in reversed(paths):
+        try:
+            return {**gpt.read_checkpoint(path), "path": path}
+        except gpt.UserError as e:
+            print(f"{e}; trying the one before", file=sys.stderr)
+    if resume == "auto" and not paths:
+        return None
+    raise UserError(f"{out_dir}/checkpoints has no checkpoint to resume from; start without --resume, or name another --out_dir")
+
+
+def nearest(name, names, prefix=""):
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else "; see --help" if prefix else f"; there are {', '.join(names)}"
+
+
+def print_help():
+    """The hyperparameters as they stand in the sources, with their comments."""
+    print(__doc__)
+    print("recipes:", ", ".join(RECIPES), "\n")
+    sources = inspect.getsource(sys.modules[__name__]).split("# ----", 2)[0] + "\n" + inspect.getsource(GPTConfig)
+    for name, comment in re.findall(r"^ {0,4}(\w+)(?:: \w+)? = [^#\n]+?(?:  # (.*))?$", sources, re.M):
+        if name in SETTINGS:
+            print(f"  {f'--{name}={SETTINGS[name]}':<36} {comment}".rstrip())
+
+
+# -- the schedule and the batch
+
+def get_lr(step):
+    """The learning rate of step 0, 1, ...: linear warm-up, then a cosine, or a plateau and a linear decay, to min_lr."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    if schedule == "cosine":
+        progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+        return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+    left = min(1.0, (max_steps - step) / max(1, round(cooldown * max_steps)))
+    return min_lr + left * (max_lr - min_lr)
+
+
+def divide_batch(world_size):
+    """total_batch_size tokens -> sequences a process and step. The user states tokens; the rest follows."""
+    unit = block_size * world_size
+    if total_batch_size % unit:
+        low = total_batch_size // unit * unit
+        near = f"{low:,} or {low + unit:,}" if low else f"{unit:,}"
+        raise UserError(f"total_batch_size={total_batch_size:,} is not a multiple of block_size x processes = {block_size} x {world_size}; use {near}")
+    sequences = total_batch_size // unit
+    if micro_batch and sequences % micro_batch:
+        raise UserError(f"micro_batch={micro_batch} does not divide the {sequences} sequences a process takes in a step; "
+                        f"use one of {', '.join(map(str, divisors(sequences)))}")
+    return sequences
+
+
+def divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+# -- the machine
+
+def peak_tflops(device):
+    """What the device could do in bf16, or None where the table does not know it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+
+
+def peak_memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# -- the data and the model
+
+def open_data(is_first, wait):
+    """-> the folder of shards; a text file is tokenized into one first."""
+    if os.path.isdir(data):
+        return data
+    if not os.path.isfile(data):
+        source = os.path.basename(data)
+        hint = f"make it with: python dataset.py --source={source}" if source in dataset.SOURCES else "name a folder that dataset.py wrote, or a text file"
+        raise UserError(f"there is no data {data}; {hint}" + ("; or try --recipe=tiny, which needs no data" if recipe == "gpt2" else ""))
+    stem = os.path.splitext(os.path.basename(data))[0]
+    folder = os.path.join("data", f"{stem}-{re.sub(r'[^a-z0-9]+', '', tokenizer.lower())}")
+    if is_first:
+        dataset.prepare(data, tokenizer, out=folder)
+    wait()
+    return folder
+
+
+def data_tokenizer(folder, manifest):
+    """-> the tokenizer's spec, its tiktoken.Encoding (None where it cannot be had), and a fingerprint of the data"""
+    if manifest is None:
+        # Published shards of this format are made with gpt2. Without its vocabulary training works, samples do not.
+        spec, fingerprint = {"name": "gpt2"}, hashlib.sha256()
+        for name in sorted(os.listdir(folder)):
+            fingerprint.update(f"{name} {os.path.getsize(os.path.join(folder, name))}\n".encode())
+        try:
+            return spec, dataset.get_tokenizer(spec), fingerprint.hexdigest()[:16]
+        except dataset.UserError:
+            return spec, None, fingerprint.hexdigest()[:16]
+    spec = dataset.tokenizer_spec(folder)
+    enc = dataset.get_tokenizer(spec)
+    if dataset.tokenizer_fingerprint(enc) != manifest["tokenizer"]["fingerprint"]:
+        raise UserError(f"{folder}: {dataset.TOKENIZER} is not the one the shards were made with; prepare the data again")
+    return spec, enc, hashlib.sha256(json.dumps([manifest["shards"], manifest["tokenizer"]]).encode()).hexdigest()[:16]
+
+
+def make_model(ckpt, spec, n_tokens, given):
+    """A GPT on the CPU: the checkpoint's, that of init_from, or a new one."""
+    shape = {k: globals()[k] for k in SHAPE}
+    if ckpt:
+        model = GPT(GPTConfig(**{**ckpt["model_config"], "dropout": dropout, "attention": attention}))
+        gpt.load_weights(model, ckpt.pop("model"), ckpt["path"])
+    elif init_from:
+        if os.path.isfile(init_from):
+            model, source = gpt.load_checkpoint(init_from)
+            if source["tokenizer"] != spec:
+                raise UserError(f"{init_from} was trained with tokenizer {source['tokenizer']['name']}, the data is in {spec['name']}, "
+                                "or in another of that name; prepare the data with the checkpoint's own")
+        else:
+            model = GPT.from_pretrained(init_from)
+        for k, v in given.items():
+            if k in ("dropout", "attention"):
+                setattr(model.cfg, k, v)
+            elif k in SHAPE and v and getattr(model.cfg, k) != v:
+                raise UserError(f"{init_from} has {k}={getattr(model.cfg, k)}, not {v}")
+    else:
+        shape["vocab_size"] = shape["vocab_size"] or -(-n_tokens // 128) * 128
+        model = GPT(GPTConfig(**shape, n_tokens=n_tokens))
+    if n_tokens > model.cfg.vocab_size:
+        raise UserError(f"vocab_size={model.cfg.vocab_size:,} is too small for the tokenizer's {n_tokens:,} tokens")
+    return model
+
+
+def make_optimizers(model, device):
+    fused = device.type in ("cuda", "cpu")
+    groups = model.optimizer_groups(weight_decay)
+    optimizers = []
+    if optimizer == "muon":
+        matrices = [p for block in model.transformer.h for p in block.parameters() if p.dim() == 2]
+        of_muon = {id(p) for p in matrices}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in of_muon]
+        # Scaled so that AdamW's learning rate serves both (Liu et al., 2025, "Muon is scalable").
+        optimizers.append(torch.optim.Muon(matrices, lr=max_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    optimizers.append(torch.optim.AdamW(groups, lr=max_lr, betas=(beta1, beta2), eps=eps, fused=fused))
+    return optimizers
+
+
+def fit(model, device, autocast, sequences):
+    """
+    -> the micro-batch, and the model to train, compiled where that works. Tried out before the run: it is too late to learn
+    in its middle that memory is short or a compiler is missing.
+    """
+    # On a CPU more than this gains nothing.
+    largest = min(sequences, max(1, (65536 if device.type == "cuda" else 4096) // model.cfg.block_size))
+    sizes = [micro_batch] if micro_batch else [d for d in reversed(divisors(sequences)) if d <= largest]
+    fast = torch.compile(model) if compile == "true" or compile == "auto" and device.type == "cuda" else model
+    if device.type != "cuda" and fast is model:
+        return sizes[0], model
+    while True:
+        try:
+            tokens = torch.zeros(sizes[0], model.cfg.block_size, dtype=torch.long, device=device)
+            with autocast():
+                fast(tokens, tokens)[1].backward()
+            return sizes[0], fast
+        except torch.OutOfMemoryError:
+            if len(sizes) == 1:
+                raise UserError(f"out of memory at micro_batch={sizes[0]}; lower micro_batch or block_size, or use --grad_checkpoint") from None
+            sizes.pop(0)
+        except Exception as e:  # a compiler can fail in any way
+            if fast is model:
+                raise
+            print(f"compile: not here ({type(e).__name__}: {str(e).strip().splitlines()[0][:100]}); training goes on without", flush=True)
+            fast = model
+            torch._dynamo.reset()
+        finally:
+            model.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+class RandomTokens:
+    """Stands in for the loader in a benchmark."""
+
+    def __init__(self, B, T, n_tokens, device):
+        tokens = torch.randint(n_tokens, (B, T + 1), device=device)
+        self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def next_batch(self):
+        return self.batch
+
+
+# -- checkpoints and the log
+
+def save_checkpoint(folder, state, best):
+    """Complete under its name, or not there at all. Keeps the newest few, and the best."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"model_{state['step']:06d}.pt")
+    with open(path + ".tmp", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+    newest = gpt.find_checkpoints(os.path.dirname(folder))
+    for old in newest[:-keep]:
+        if old not in (path, os.path.join(folder, f"model_{best['step']:06d}.pt")):
+            os.remove(old)
+    return path
+
+
+def open_log(resuming):
+    """log.txt, for appending. What a new run finds of an older one in out_dir is set aside, never overwritten."""
+    log, checkpoints = os.path.join(out_dir, "log.txt"), os.path.join(out_dir, "checkpoints")
+    try:
+        os.makedirs(checkpoints, exist_ok=True)
+        for name in os.listdir(checkpoints):
+            if name.endswith(".tmp"):  # cut off in the middle of a save
+                os.remove(os.path.join(checkpoints, name))
+        if not resuming and (os.path.exists(log) or os.listdir(checkpoints)):
+            n = next(n for n in range(1, 10**6) if not any(os.path.exists(os.path.join(out_dir, p)) for p in (f"log.{n}.txt", f"checkpoints.{n}")))
+            if os.path.exists(log):
+                os.rename(log, os.path.join(out_dir, f"log.{n}.txt"))
+            if os.listdir(checkpoints):
+                os.rename(checkpoints, os.path.join(out_dir, f"checkpoints.{n}"))
+                os.makedirs(checkpoints)
+            print(f"{os.path.normpath(out_dir)} holds an earlier run: its files are now log.{n}.txt and checkpoints.{n}/")
+        torn = os.path.exists(log) and not open(log, "rb").read().endswith(b"\n")
+        f = open(log, "a", buffering=1, encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"cannot write in out_dir={out_dir}: {e.strerror}") from None
+    if torn and os.path.getsize(log):
+        f.write("\n")
+    return f
+
+
+def describe(cfg, flops_per_token, counts, world_size, sequences, n_windows, device, amp_dtype):
+    tokens = max_steps * total_batch_size
+    print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, context {cfg.block_size}, vocabulary {cfg.vocab_size:,}")
+    print("parameters: " + ", ".join(f"{k} {v:,}" for k, v in counts.items() if v))
+    print(f"batch: {total_batch_size:,} tokens = {world_size} process{'es' * (world_size > 1)} x {sequences} sequences x {block_size} tokens")
+    epochs = f" = {max_steps * sequences * world_size / n_windows:.2f} epochs" if n_windows else ""
+    print(f"run: {max_steps:,} steps = {tokens:,} tokens{epochs}, {flops_per_token * tokens:.2e} FLOPs")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    print(f"device: {name}, {str(amp_dtype).removeprefix('torch.')}", flush=True)
+
+
+stop_signal = 0
+
+
+def request_stop(signum, frame):
+    global stop_signal
+    stop_signal = signum
+    signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\nstopping: the step is finished and saved first", file=sys.stderr, flush=True)
+
+
+# -- the run, from top to bottom
+
+def main():
+    global max_steps, max_lr
+    ckpt = configure(sys.argv[1:])
+    given = {**RECIPES[recipe], **read_config(config), **parse_command(sys.argv[1:])}
+
+    # processes: torchrun starts one a device and says so in the environment
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    first = rank == 0
+    sequences = divide_batch(world_size)  # a process and step
+    if dry_run:
+        return plan(world_size, sequences)
+    where = gpt.pick_device(device, local_rank)
+    if world_size > 1:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    wait = dist.barrier if world_size > 1 else lambda: None
+
+    def total(*numbers):
+        """Sums over all processes."""
+        if world_size == 1:
+            return numbers
+        t = torch.tensor(numbers, dtype=torch.float64, device=where)
+        dist.all_reduce(t)
+        return t.tolist()
+
+    # randomness and precision
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    amp_dtype = gpt.pick_dtype(dtype, where)
+    autocast = lambda: torch.autocast(where.type, amp_dtype) if amp_dtype != torch.float32 else contextlib.nullcontext()
+    scaler = torch.amp.GradScaler(where.type, enabled=amp_dtype == torch.float16 and where.type == "cuda")
+
+    # data
+    if bench:
+        folder, spec, enc, fingerprint, n_tokens = None, {"name": "gpt2"}, None, None, gpt.GPT2_TOKENS
+        n_windows = val_windows = 0
+    else:
+        folder = open_data(first, wait)
+        loader = DataLoader(folder, "train", sequences, block_size, rank, world_size, seed, stride, device=where)
+        spec, enc, fingerprint = data_tokenizer(folder, loader.manifest)
+        n_tokens, n_windows = enc.n_vocab if enc else gpt.GPT2_TOKENS, loader.n_windows
+        if loader.manifest is None and first:
+            print(f"{folder} has no manifest: its tokens are taken for GPT-2's, and checked only for being in the vocabulary")
+        if "tokenizer" in given and loader.manifest and given["tokenizer"] not in (spec["name"], loader.manifest["settings"]["tokenizer"]):
+            raise UserError(f"{folder} is in tokenizer {spec['name']}, not {given['tokenizer']}")
+        if ckpt and ckpt["data_fingerprint"] != fingerprint and not new_data:
+            raise UserError(f"{folder} is not the data that {ckpt['path']} was trained on; --new_data goes on all the same")
+        try:
+            val = DataLoader(folder, "val", 1, block_size, device=where)
+            val_windows = min(val.n_windows, max(1, val_tokens // block_size))
+        except dataset.UserError as e:
+            val_windows = 0
+            if first and val_interval:
+                print(f"no validation: {e}")
+    if not max_steps:
+        if not epochs:
+            raise UserError("max_steps and epochs are both 0; set one")
+        max_steps = math.ceil(epochs * n_windows / (sequences * world_size)) if not bench else bench
+
+    # model: raw for everything but training steps, which may run a compiled one
+    raw = make_model(ckpt, spec, n_tokens, given).to(where)
+    raw.grad_checkpoint = grad_checkpoint
+    flops_per_token, counts = raw.flops_per_token(), raw.param_counts()
+    if first:
+        describe(raw.cfg, flops_per_token, counts, world_size, sequences, n_windows, where, amp_dtype)
+    rng = torch.get_rng_state()
+    B, model = fit(raw, where, autocast, sequences)
+    if world_size > 1:
+        smallest = torch.tensor(B, device=where)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        B = int(smallest)
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    torch.set_rng_state(rng)
+    accumulate = sequences // B
+    optimizers = make_optimizers(raw, where)
+    if bench:
+        loader = RandomTokens(B, block_size, n_tokens, where)
+    else:
+        loader.B = B
+        loader.vocab_size = raw.cfg.vocab_size
+
+    # where to begin
+    step0, best, totals = 0, {"step": -1, "val": math.inf}, {"seconds": 0.0, "usd": 0.0}
+    torch.manual_seed(seed + rank)  # dropout differs between processes
+    if ckpt:
+        step0, best, totals, evaluated = ckpt["step"], ckpt["best"], ckpt["totals"], ckpt["evaluated"]
+        loader.load_state_dict(ckpt["loader"])
+        for o, state in zip(optimizers, ckpt["optimizers"], strict=True):
+            o.load_state_dict(state)
+        scaler.load_state_dict(ckpt["scaler"])
+        if rank < len(ckpt["rng"]):
+            torch.set_rng_state(ckpt["rng"][rank]["cpu"])
+            if where.type == "cuda" and "cuda" in ckpt["rng"][rank]:
+                torch.cuda.set_rng_state(ckpt["rng"][rank]["cuda"])
+        del ckpt
+    else:
+        evaluated = False
+
+    log = None
+    if first and not bench:
+        log = open_log(step0 > 0)
+        log.write("# " + json.dumps({"recipe": recipe, "step": step0, "world_size": world_size, "micro_batch": B, "device": where.type,
+                                     "dtype": str(amp_dtype), "parameters": counts["total"], "config": {k: globals()[k] for k in SETTINGS}}) + "\n")
+        print(f"micro-batch {B} x {accumulate} a step; log and checkpoints in {os.path.abspath(out_dir)}"
+              + (f"; from step {step0}" if step0 else ""), flush=True)
+
+    def record(step, stream, value, line, **fields):
+        log.write(f"{step} {stream} {value:.6f} " + " ".join(f"{k}={v}" for k, v in fields.items()) + "\n")
+        dataset.say(line, again=stream == "train")
+
+    def validate(step):
+        """The loss over the same tokens at any number of processes. False if a stop was asked for meanwhile."""
+        raw.eval()
+        nats = tokens = n_bytes = 0
+        with torch.no_grad(), autocast():
+            for i in range(rank * B, val_windows, B * world_size):
+                if stop_signal:
+                    break
+                x, y = val.windows(range(i, min(i + B, val_windows)))
+                nats += raw(x, y)[1].item() * y.numel()
+                tokens += y.numel()
+                n_bytes += byte_count[y].sum().item() if enc else 0
+        raw.train()
+        nats, tokens, n_bytes, stopped = total(nats, tokens, n_bytes, stop_signal)
+        if stopped:
+            return False
+        loss, bpb = nats / tokens, nats / math.log(2) / n_bytes if n_bytes else math.nan
+        best_now = {"step": step, "val": loss} if loss < best["val"] else best
+        best.update(best_now)
+        if first:
+            record(step, "val", loss, f"step {step}/{max_steps} | validation loss {loss:.4f} nats a token, {bpb:.4f} bits a byte", bpb=f"{bpb:.6f}", tokens=int(tokens))
+        return True
+
+    def print_sample(step):
+        prompt = torch.tensor([[enc.eot_token] + enc.encode_ordinary(sample_prompt)], device=where)
+        generator = torch.Generator(where).manual_seed(seed)
+        with autocast():
+            tokens = raw.generate(prompt, min(200, 2 * block_size), temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
+        tokens = tokens[:tokens.index(enc.eot_token)] if enc.eot_token in tokens else tokens
+        dataset.say(f"sample at step {step}: {enc.decode(tokens)}\n")
+
+    def save(step):
+        states = [{"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if where.type == "cuda" else {})}]
+        if world_size > 1:
+            mine, states = states[0], [None] * world_size
+            dist.all_gather_object(states, mine)
+        if first:
+            path = save_checkpoint(os.path.join(out_dir, "checkpoints"), {
+                "version": 1, "step": step, "evaluated": evaluated, "model": raw.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(), "rng": states,
+                "loader": loader.state_dict(), "model_config": dataclasses.asdict(raw.cfg),
+                "train_config": {k: globals()[k] for k in SETTINGS if k not in ("resume", "new_data", "dry_run", "bench")},
+                "tokenizer": spec, "data_fingerprint": fingerprint, "best": best,
+                "totals": {**totals, "tokens": step * total_batch_size, "flops": step * total_batch_size * flops_per_token}}, best)
+            dataset.say(f"step {step}/{max_steps} | saved {path}")
+
+    # the loop
+    due = lambda step, interval: interval and (step % interval == 0 or step == max_steps)
+    byte_count = torch.tensor(dataset.token_bytes(enc), device=where) if enc else None
+    peak, bad_steps, times = peak_tflops(where), 0, []
+    signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGINT, request_stop)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection in the middle of a step can cost half a second
+    raw.train()
+    clock = time.perf_counter()
+    for step in range(step0, max_steps + 1):
+        stop = total(stop_signal)[0]
+        # what is due at this step, unless the checkpoint we began with already saw to it
+        if not evaluated and not stop:
+            evaluated = not (due(step, val_interval) and val_windows) or validate(step)
+            if evaluated and due(step, sample_interval) and step and enc and first:
+                print_sample(step)
+            clock = time.perf_counter()
+        if due(step, ckpt_interval) and step > step0 or stop:
+            save(step)
+        if step == max_steps or stop:
+            break
+
+        # one step: forward and backward for every micro-batch, then one update
+        loss_sum = torch.zeros((), device=where)
+        for micro in range(accumulate):
+            x, y = loader.next_batch()
+            if world_size > 1:
+                # gradients travel with the last micro-batch only; DDP wants to know before the forward pass
+                model.require_backward_grad_sync = micro == accumulate - 1
+            with autocast():
+                loss = model(x, y)[1] / accumulate
+            loss_sum += loss.detach()
+            scaler.scale(loss).backward()
+        lr = get_lr(step)
+        for o in optimizers:
+            scaler.unscale_(o)
+            for group in o.param_groups:
+                group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf).item()
+        loss = total(loss_sum.item())[0] / world_size
+        # A step that is not finite changes nothing: the scaler, where there is one, then tries a smaller scale.
+        bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
+        if bad_steps == 0 or scaler.is_enabled():
+            for o in optimizers:
+                scaler.step(o)
+            scaler.update()
+        for o in optimizers:
+            o.zero_grad(set_to_none=True)
+        if bad_steps == 20:
+            raise UserError(f"the gradient was not finite for 20 steps, to step {step}, windows before {loader.position:,}; "
+                            "the checkpoints are good: resume with a lower max_lr, or --dtype=float32")
+        evaluated = False
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        times.append(seconds)
+        totals["seconds"] += seconds
+        totals["usd"] += seconds / 3600 * world_size * usd_per_gpu_hour
+        if first and step % log_interval == 0 and not bench:
+            seconds = statistics.mean(times[-log_interval:])
+            rate = total_batch_size / seconds
+            mfu = f"{rate * flops_per_token / world_size / peak / 1e12:.4f}" if peak else "n/a"
+            usd = {"usd": f"{totals['usd']:.4f}"} if usd_per_gpu_hour else {}
+            record(step, "train", loss, f"step {step}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
+                   f"{rate:,.0f} tokens/s | mfu {mfu} | {dataset.clock((max_steps - step) * seconds)} left",
+                   lr=f"{lr:.4e}", norm=f"{norm:.4f}", ms=f"{seconds * 1000:.1f}", tok_s=f"{rate:.0f}", mfu=mfu, **usd)
+
+    if first and bench:
+        ms = statistics.median(times[len(times) // 3:]) * 1000
+        rate = total_batch_size / ms * 1000
+        mfu = rate * flops_per_token / world_size / peak / 1e12 if peak else None
+        print(json.dumps({"tok_s": round(rate), "ms": round(ms, 2), "mfu": mfu and round(mfu, 4), "peak_tflops": peak, "mem_gb": round(peak_memory_gb(where), 2),
+                          "world_size": world_size, "micro_batch": B, "dtype": str(amp_dtype).removeprefix("torch."), "parameters": counts["total"]}))
+    elif first:
+        log.close()
+        dataset.say(f"{'stopped' if stop_signal else 'done'} at step {step}: {totals['seconds'] / 60:.1f} minutes of training" + (f", ${totals['usd']:.2f}" if usd_per_gpu_hour else ""))
+    if world_size > 1:
+        dist.destroy_process_group()
+    return 128 + stop_signal if stop_signal else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (UserError, dataset.UserError, gpt.UserError) as e:
+        sys.exit(f"train.py: {e}")
