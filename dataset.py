@@ -315,8 +315,9 @@ class Source:
     fingerprint: str | None = None  # of local files: another text is noticed
 
 
-BATCH_BYTES = 1 << 20
-PIECE_BYTES = 1 << 20
+BATCH_BYTES = 1 << 20  # of text that a thread encodes at a time
+PIECE_BYTES = 1 << 20  # of a document that is read at a time
+SAVE_SECONDS = 2  # between progress files
 
 
 def open_source(spec, column="text", doc_sep=None):
@@ -380,7 +381,7 @@ def read_text(paths, doc_sep, piece_bytes, state):
     Documents of text files, separated by blank lines or by doc_sep. A document longer than piece_bytes comes in pieces,
     cut before white space, where no token of the GPT-2 split ends up different.
     """
-    sep = re.compile(re.escape(doc_sep.encode()) if doc_sep else rb"\n(?:[ \t\r]*\n)+")
+    sep = re.compile(re.escape(doc_sep.encode()) if doc_sep else rb"\r?\n(?:[ \t]*\r?\n)+")
     file_index, offset, inside = state or (0, 0, False)
     look = piece_bytes + 4096  # what is searched for the end of a document: the same wherever reading began
     batch, batch_bytes = [], 0
@@ -406,8 +407,8 @@ def read_text(paths, doc_sep, piece_bytes, state):
                     end = after = cut_point(buffer, pos, pos + piece_bytes)
                     ends = False
                 text = decode(buffer[pos:end], path, offset)
-                text = text if inside else text.lstrip("\n")
-                text = text.rstrip("\n") if ends else text
+                text = text if inside else text.lstrip("\r\n")
+                text = text.rstrip("\r\n") if ends else text
                 if text:
                     batch.append((text, not inside))
                     batch_bytes += end - pos
@@ -449,6 +450,7 @@ def read_dataset(spec, column, state, path, **where):
     """Rows of a Hugging Face dataset, from the hub or from local files, as a stream."""
     import datasets
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below
     try:
         ds = datasets.load_dataset(path, split="train", streaming=True, **where)
         if state:
@@ -483,6 +485,8 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
     # val_tokens: the first tokens of the stream. By default a shard of a large source, else a tenth of the documents.
     large = src.size is None or src.size > 80 * shard_tokens  # 20 shards, at 4 bytes a token
     val_tokens = shard_tokens if val_tokens is None and large else val_tokens
+    if not bpe_size(tokenizer):
+        get_tokenizer(tokenizer)  # a mistake in its name shows before anything is written
     settings = dict(version=1, source=source if src.size is None else os.path.basename(source), source_fingerprint=src.fingerprint,
                     tokenizer=tokenizer, column=column, doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens)
     if bpe_size(tokenizer):
@@ -498,11 +502,13 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
             say(f"{out} is complete: {count_line(manifest['shards'])}")
             return out
         progress = read_json(path(PROGRESS))
-        if progress:
+        if progress and progress["shards"]:
             check_settings(out, progress["settings"], settings)
         elif strangers := [f for f in os.listdir(out) if f.endswith((".bin", ".npy"))]:
             raise UserError(f"{out} already holds {strangers[0]}, which this command did not write; choose another --out")
         else:
+            if os.path.exists(path(TOKENIZER)):
+                os.remove(path(TOKENIZER))
             progress = dict(settings=settings, state=None, pieces=0, shards=[])
             write_json(path(PROGRESS), progress)
         enc, spec = prepare_tokenizer(src, tokenizer, special, bpe_bytes, path(TOKENIZER))
@@ -593,7 +599,7 @@ def tokenize(src, enc, out, progress, workers):
                     writer.append("val", tokens[:val_left])
                     tokens, val_left = tokens[val_left:], max(0, val_left - len(tokens))
                 writer.append(split, tokens)
-            if (now := time.time()) - saved > 2:
+            if (now := time.time()) - saved > SAVE_SECONDS:
                 saved = now
                 writer.sync()
                 write_json(os.path.join(out, PROGRESS), progress)

@@ -153,6 +153,8 @@ def configure(argv):
         settings.update(layer)
     for k, v in settings.items():
         check(k, v)
+    if settings["bench"]:
+        settings.update(max_steps=settings["bench"], **{k: 0 for k in settings if k.endswith("_interval")})
     globals().update(settings)
     return ckpt
 
@@ -315,12 +317,16 @@ def open_data(is_first, wait):
         source = os.path.basename(data)
         hint = f"make it with: python dataset.py --source={source}" if source in dataset.SOURCES else "name a folder that dataset.py wrote, or a text file"
         raise UserError(f"there is no data {data}; {hint}" + ("; or try --recipe=tiny, which needs no data" if recipe == "gpt2" else ""))
-    stem = os.path.splitext(os.path.basename(data))[0]
-    folder = os.path.join("data", f"{stem}-{re.sub(r'[^a-z0-9]+', '', tokenizer.lower())}")
     if is_first:
-        dataset.prepare(data, tokenizer, out=folder)
+        dataset.prepare(data, tokenizer, out=text_folder())
     wait()
-    return folder
+    return text_folder()
+
+
+def text_folder():
+    """Where the shards of a text file go: one text may be wanted in several tokenizers."""
+    stem, kind = os.path.splitext(os.path.basename(data))[0], os.path.splitext(os.path.basename(tokenizer))[0]
+    return os.path.join("data", f"{stem}-{re.sub(r'[^a-z0-9]+', '', kind.lower())}")
 
 
 def data_tokenizer(folder, manifest):
@@ -470,15 +476,37 @@ def open_log(resuming):
     return f
 
 
-def describe(cfg, flops_per_token, counts, world_size, sequences, n_windows, device, amp_dtype):
-    tokens = max_steps * total_batch_size
+def describe(model, world_size, sequences, n_windows, where):
+    """What is about to happen."""
+    cfg, tokens = model.cfg, max_steps * total_batch_size
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, context {cfg.block_size}, vocabulary {cfg.vocab_size:,}")
-    print("parameters: " + ", ".join(f"{k} {v:,}" for k, v in counts.items() if v))
+    print("parameters: " + ", ".join(f"{k} {v:,}" for k, v in model.param_counts().items() if v))
     print(f"batch: {total_batch_size:,} tokens = {world_size} process{'es' * (world_size > 1)} x {sequences} sequences x {block_size} tokens")
-    epochs = f" = {max_steps * sequences * world_size / n_windows:.2f} epochs" if n_windows else ""
-    print(f"run: {max_steps:,} steps = {tokens:,} tokens{epochs}, {flops_per_token * tokens:.2e} FLOPs")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-    print(f"device: {name}, {str(amp_dtype).removeprefix('torch.')}", flush=True)
+    passes = f" = {max_steps * sequences * world_size / n_windows:.2f} epochs" if n_windows else ""
+    print(f"run: {max_steps:,} steps = {tokens:,} tokens{passes}, {model.flops_per_token() * tokens:.2e} FLOPs" if max_steps else
+          f"run: {epochs:g} epochs; the data is not here yet, so the steps are not known")
+    print(f"device: {where}", flush=True)
+
+
+def plan(world_size, sequences):
+    """--dry_run: the same, without weights, data or device."""
+    folder = data if os.path.isdir(data) else text_folder()
+    manifest = dataset.read_json(os.path.join(folder, dataset.MANIFEST))
+    known = {"gpt2": gpt.GPT2_TOKENS, "byte": 257}
+    n_tokens = manifest["vocab_size"] if manifest else known.get(tokenizer) or dataset.bpe_size(tokenizer) or dataset.get_tokenizer(tokenizer).n_vocab
+    n_windows = DataLoader(folder, "train", 1, block_size, stride=stride).n_windows if manifest else 0
+    set_steps(n_windows, sequences * world_size)
+    with torch.device("meta"):
+        model = make_model(None, None, n_tokens, {})
+    describe(model, world_size, sequences, n_windows, "none: a dry run")
+
+
+def set_steps(n_windows, sequences):
+    """max_steps from epochs, where those were chosen"""
+    global max_steps
+    if not max_steps and not epochs:
+        raise UserError("max_steps and epochs are both 0; set one")
+    max_steps = max_steps or math.ceil(epochs * n_windows / sequences)
 
 
 stop_signal = 0
@@ -495,7 +523,6 @@ def request_stop(signum, frame):
 # -- the run, from top to bottom
 
 def main():
-    global max_steps, max_lr
     ckpt = configure(sys.argv[1:])
     given = {**RECIPES[recipe], **read_config(config), **parse_command(sys.argv[1:])}
 
@@ -550,17 +577,15 @@ def main():
             val_windows = 0
             if first and val_interval:
                 print(f"no validation: {e}")
-    if not max_steps:
-        if not epochs:
-            raise UserError("max_steps and epochs are both 0; set one")
-        max_steps = math.ceil(epochs * n_windows / (sequences * world_size)) if not bench else bench
+    set_steps(n_windows, sequences * world_size)
 
     # model: raw for everything but training steps, which may run a compiled one
     raw = make_model(ckpt, spec, n_tokens, given).to(where)
     raw.grad_checkpoint = grad_checkpoint
     flops_per_token, counts = raw.flops_per_token(), raw.param_counts()
     if first:
-        describe(raw.cfg, flops_per_token, counts, world_size, sequences, n_windows, where, amp_dtype)
+        name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type}, {torch.get_num_threads()} threads"
+        describe(raw, world_size, sequences, n_windows, f"{name}, {str(amp_dtype).removeprefix('torch.')}")
     rng = torch.get_rng_state()
     B, model = fit(raw, where, autocast, sequences)
     if world_size > 1:
@@ -578,7 +603,8 @@ def main():
         loader.vocab_size = raw.cfg.vocab_size
 
     # where to begin
-    step0, best, totals = 0, {"step": -1, "val": math.inf}, {"seconds": 0.0, "usd": 0.0}
+    step0, evaluated, totals = 0, False, {"seconds": 0.0, "usd": 0.0}
+    last_val, best = {"step": -1, "val": math.inf}, {"step": -1, "val": math.inf}  # best: of the saved ones
     torch.manual_seed(seed + rank)  # dropout differs between processes
     if ckpt:
         step0, best, totals, evaluated = ckpt["step"], ckpt["best"], ckpt["totals"], ckpt["evaluated"]
@@ -591,8 +617,6 @@ def main():
             if where.type == "cuda" and "cuda" in ckpt["rng"][rank]:
                 torch.cuda.set_rng_state(ckpt["rng"][rank]["cuda"])
         del ckpt
-    else:
-        evaluated = False
 
     log = None
     if first and not bench:
@@ -623,8 +647,7 @@ def main():
         if stopped:
             return False
         loss, bpb = nats / tokens, nats / math.log(2) / n_bytes if n_bytes else math.nan
-        best_now = {"step": step, "val": loss} if loss < best["val"] else best
-        best.update(best_now)
+        last_val.update(step=step, val=loss)
         if first:
             record(step, "val", loss, f"step {step}/{max_steps} | validation loss {loss:.4f} nats a token, {bpb:.4f} bits a byte", bpb=f"{bpb:.6f}", tokens=int(tokens))
         return True
@@ -638,6 +661,8 @@ def main():
         dataset.say(f"sample at step {step}: {enc.decode(tokens)}\n")
 
     def save(step):
+        if last_val["step"] == step and last_val["val"] < best["val"]:
+            best.update(last_val)
         states = [{"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if where.type == "cuda" else {})}]
         if world_size > 1:
             mine, states = states[0], [None] * world_size
@@ -711,7 +736,7 @@ def main():
         times.append(seconds)
         totals["seconds"] += seconds
         totals["usd"] += seconds / 3600 * world_size * usd_per_gpu_hour
-        if first and step % log_interval == 0 and not bench:
+        if first and due(step, log_interval):
             seconds = statistics.mean(times[-log_interval:])
             rate = total_batch_size / seconds
             mfu = f"{rate * flops_per_token / world_size / peak / 1e12:.4f}" if peak else "n/a"

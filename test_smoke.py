@@ -1,0 +1,1012 @@
+"""
+python -m pytest -q
+
+Hermetic: every test makes what it reads, in folders of its own. Those that need the GPT-2 vocabulary, an optional package, or
+a peer's sources (NANOGPT=folder, LLMC=folder) skip, with the reason, where these are not at hand.
+"""
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+import dataset
+import eval as speak
+import hellaswag
+import model as gpt
+import plot
+import train
+from data_loader import DataLoader, permute
+from model import CONFIGS, GPT, GPTConfig
+
+SHARED = os.path.join(HERE, "..", "shared")
+WIKITEXT, HELLASWAG = os.path.join(SHARED, "text/wikitext2-valid.txt"), os.path.join(SHARED, "hellaswag/hellaswag_val_1000.jsonl")
+STORIES = os.path.join(HERE, "input.txt")
+
+
+def gpt2_vocabulary():
+    try:
+        return dataset.get_tokenizer("gpt2")
+    except dataset.UserError:
+        return None
+
+
+needs_gpt2 = pytest.mark.skipif(gpt2_vocabulary() is None, reason="needs the GPT-2 vocabulary: a network, or TIKTOKEN_CACHE_DIR")
+needs_wikitext = pytest.mark.skipif(not os.path.exists(WIKITEXT), reason=f"needs {os.path.relpath(WIKITEXT, HERE)}")
+needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the package transformers")
+
+
+def script(*args, cwd, **env):
+    """Runs `python ...` as a user would."""
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, text=True, capture_output=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def here(name):
+    return os.path.join(HERE, name)
+
+
+def stories(n):
+    with open(STORIES, encoding="utf-8") as f:
+        return f.read().split("\n\n")[:n]
+
+
+def small(**switches):
+    return GPTConfig(**{**dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32), **switches})
+
+
+SWITCHES = {"gpt-2": {}, "sinusoidal": dict(pos="sinusoidal", head_bias=True), "rotary": dict(pos="rotary", qk_norm=True, norm="rms", act="relu2"),
+            "untied": dict(tie_head=False, qkv_bias=False, softcap=15.0), "no bias": dict(bias=False, act="gelu_erf")}
+each_kind = pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.keys())
+
+
+# -- model.py
+
+@pytest.mark.parametrize("name, total", [
+    ("gpt2", 124_475_904), ("gpt-xs", 124_082_688), ("custom-gpt", 91_411_200), ("toygpt-small", 123_703_633), ("toygpt-medium", 253_055_057),
+    ("toygpt-large", 1_311_579_217), ("tinystories", 162_419_712), ("tinystories-small", 49_287_168), ("tinystories-large", 405_688_320)])
+def test_a_configuration_has_the_published_number_of_parameters(name, total):
+    with torch.device("meta"):
+        assert GPT(GPTConfig(**CONFIGS[name])).param_counts()["total"] == total
+
+
+def test_flops_per_token_of_gpt2_are_855_million():
+    with torch.device("meta"):
+        assert GPT(GPTConfig()).flops_per_token() == pytest.approx(855e6, rel=1e-3)
+
+
+def test_fused_attention_equals_the_reference_forward_and_backward():
+    results = []
+    for kind in ("fused", "reference"):
+        torch.manual_seed(0)
+        model, idx = GPT(small(attention=kind)), torch.arange(32).view(2, 16)
+        logits, loss = model(idx, idx.flip(0))
+        loss.backward()
+        results.append([logits, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@each_kind
+def test_the_future_does_not_reach_the_past(switches):
+    model = GPT(small(**switches)).eval()
+    a = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(1))
+    b = a.clone()
+    b[:, 10:] = (b[:, 10:] + 1) % 64
+    before, after = model(a, a)[0], model(b, b)[0]
+    torch.testing.assert_close(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+@each_kind
+def test_the_order_of_tokens_matters(switches):
+    torch.manual_seed(0)
+    model = GPT(small(**switches)).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    a = model(torch.tensor([[1, 2, 3]]))[0]
+    b = model(torch.tensor([[2, 1, 3]]))[0]
+    assert not torch.allclose(a, b, atol=1e-3)
+
+
+def test_sinusoidal_positions_follow_the_papers_formula():
+    table = gpt.sinusoids(20, 8)
+    for pos in range(20):
+        for i in range(4):
+            assert table[pos, 2 * i] == pytest.approx(math.sin(pos / 10000 ** (2 * i / 8)), abs=1e-5)
+            assert table[pos, 2 * i + 1] == pytest.approx(math.cos(pos / 10000 ** (2 * i / 8)), abs=1e-5)
+
+
+def test_rotary_positions_depend_on_distance_alone():
+    rotary = GPT(small(pos="rotary")).rotary
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    score = lambda i, j: (gpt.rotate(q, rotary[0, i:i + 1], rotary[1, i:i + 1]) * gpt.rotate(k, rotary[0, j:j + 1], rotary[1, j:j + 1])).sum()
+    assert score(9, 5) == pytest.approx(score(4, 0).item(), abs=1e-5)
+    assert score(9, 5) != pytest.approx(score(9, 2).item(), abs=1e-3)
+
+
+def test_padded_vocabulary_rows_are_never_sampled():
+    model = GPT(small(vocab_size=64, n_tokens=40))
+    with torch.no_grad():
+        model.transformer.wte.weight[40:] = 9.0  # by far the likeliest, were they allowed
+    for temperature in (0, 1.0, 5.0):
+        assert model.generate(torch.zeros(8, 1, dtype=torch.long), 20, temperature=temperature).max() < 40
+
+
+def test_the_default_vocabulary_has_47_padded_rows():
+    assert (GPTConfig().vocab_size, GPTConfig().n_tokens, GPTConfig(vocab_size=1000).n_tokens) == (50304, 50257, 1000)
+
+
+def test_targets_of_minus_one_do_not_count():
+    model, idx = GPT(small()), torch.randint(64, (2, 16))
+    targets = torch.randint(64, (2, 16))
+    targets[:, 5:] = -1
+    logits, loss = model(idx, targets)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[:, :5].reshape(-1, 64), targets[:, :5].reshape(-1)).item(), abs=1e-6)
+
+
+def test_without_targets_only_the_last_position_is_computed():
+    model, idx = GPT(small()).eval(), torch.randint(64, (2, 16))
+    last, loss = model(idx)
+    assert last.shape == (2, 1, 64) and loss is None
+    torch.testing.assert_close(last, model(idx, idx)[0][:, -1:])
+
+
+def test_weight_decay_takes_matrices_and_leaves_biases_and_norms():
+    model = GPT(small())
+    decay, rest = model.optimizer_groups(0.1)
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    assert {p.dim() for p in decay["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
+
+
+def test_weights_begin_as_gpt2s():
+    model = GPT(GPTConfig(vocab_size=2048, n_layer=8, n_embd=256, n_head=4, block_size=256))
+    std = {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
+    for name, value in std.items():
+        assert value == pytest.approx(0.02 / 4 if name.endswith("c_proj.weight") else 0.02, rel=0.02), name
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    grads = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model, idx = GPT(small(dropout=0.2)).train(), torch.arange(16).view(1, 16)
+        model.grad_checkpoint = on
+        torch.manual_seed(1)
+        model(idx, idx)[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_acts_in_training_alone():
+    model, idx = GPT(small(dropout=0.5)), torch.arange(16).view(1, 16)
+    assert not torch.equal(model.train()(idx)[0], model(idx)[0])
+    assert torch.equal(model.eval()(idx)[0], model(idx)[0])
+
+
+def test_top_k_and_top_p_keep_the_likeliest_tokens():
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log().repeat(2000, 1)
+    drawn = lambda **k: set(gpt.sample(logits, **k).flatten().tolist())
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.7) == {0, 1} and drawn(top_p=0.76) == {0, 1, 2} and drawn(top_p=0.01) == {0}
+    assert drawn(temperature=0) == {0}
+
+
+def test_sampling_follows_the_probabilities():
+    probs = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    counts = Counter(gpt.sample(probs.log().repeat(20000, 1), generator=torch.Generator().manual_seed(0)).flatten().tolist())
+    for i, p in enumerate(probs.tolist()):
+        assert counts[i] / 20000 == pytest.approx(p, abs=0.015)
+
+
+@each_kind
+def test_greedy_generation_equals_a_loop_over_argmax_past_the_context(switches):
+    torch.manual_seed(0)
+    model = GPT(small(**switches)).eval()
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    out = model.generate(idx, 20, temperature=0)
+    for _ in range(20):
+        with torch.no_grad():
+            window = idx[:, -16:]
+            idx = torch.cat((idx, model(window, window)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(out, idx)
+
+
+@needs_transformers
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab", [50257, 50304])
+def test_hugging_face_weights_give_the_logits_of_transformers(tmp_path, tied, vocab):
+    import transformers
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=vocab, n_positions=32, n_embd=48, n_layer=3, n_head=4, tie_word_embeddings=tied)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    idx = torch.randint(vocab, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif("NANOGPT" not in os.environ, reason="needs nanoGPT's sources: NANOGPT=folder")
+def test_twenty_adamw_steps_give_the_losses_of_nanogpt():
+    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(os.environ["NANOGPT"], "model.py"))
+    nano = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nano)
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=4, n_head=4, n_embd=128, act="gelu_erf"))
+    theirs = nano.GPT(nano.GPTConfig(block_size=64, vocab_size=512, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=True))
+    theirs.load_state_dict(ours.state_dict())
+    a = torch.optim.AdamW(ours.optimizer_groups(0.1), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    b = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    worst = 0
+    for _ in range(20):
+        x, y = torch.randint(512, (2, 8, 64))
+        losses = []
+        for m, optimizer in ((ours, a), (theirs, b)):
+            loss = m(x, y)[1]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        worst = max(worst, abs(losses[0] - losses[1]))
+    print(f"largest difference in 20 steps: {worst:.2e}")
+    assert worst < 1e-5
+
+
+# -- dataset.py
+
+def naive_bpe(text, n_merges):
+    """Counts every pair anew for every merge."""
+    import regex
+    words = Counter(tuple(bytes([b]) for b in w.encode()) for w in regex.findall(dataset.GPT2_SPLIT, text))
+    merges = []
+    for _ in range(n_merges):
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        best = max(pairs, key=lambda p: (pairs[p], p))
+        merges.append(best)
+        merged = Counter()
+        for word, n in words.items():
+            out, i = [], 0
+            while i < len(word):
+                if word[i:i + 2] == best:
+                    out.append(word[i] + word[i + 1])
+                    i += 2
+                else:
+                    out.append(word[i])
+                    i += 1
+            merged[tuple(out)] += n
+        words = merged
+    return merges
+
+
+@pytest.mark.parametrize("text", ["aaaaaaa aaaa aaa abab ababab bcbc abcabc " * 3, "\n".join(stories(40)), "zq zq qz qz äö äö öä ☃☃☃ \0\0\0 1234 1234"],
+                         ids=["repeats", "stories", "ties and other alphabets"])
+def test_bpe_merges_equal_those_of_a_slow_obvious_loop(text):
+    n = len(dataset.train_bpe([text], 400))
+    assert n > 10 and dataset.train_bpe([text], 400) == naive_bpe(text, n)
+
+
+def make_bpe(texts, size):
+    merges = dataset.train_bpe(texts, size)
+    return {"name": f"bpe:{size}", "merges": [[a.decode("latin-1"), b.decode("latin-1")] for a, b in merges], "special": [dataset.EOT]}
+
+
+def test_a_trained_tokenizer_has_the_size_asked_for_and_its_special_tokens_last():
+    enc = dataset.get_tokenizer(make_bpe(stories(50), 600))
+    assert enc.n_vocab == 600 and enc.eot_token == 599
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_a_tokenizer_round_trips_any_text_and_any_bytes(kind):
+    enc = dataset.get_tokenizer("byte" if kind == "byte" else make_bpe(stories(50), 500))
+    rng = random.Random(0)
+    code_points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    text = "".join(map(chr, rng.sample(code_points, 5000))) + dataset.EOT
+    assert enc.decode(enc.encode_ordinary(text)) == text
+    raw = bytes(rng.randrange(256) for _ in range(5000))
+    assert enc.decode_bytes([enc.encode_single_token(raw[i:i + 1]) for i in range(len(raw))]) == raw
+
+
+def test_a_tokenizer_spec_survives_json():
+    spec = make_bpe(stories(50), 400)
+    a, b = dataset.get_tokenizer(spec), dataset.get_tokenizer(json.loads(json.dumps(spec)))
+    assert dataset.tokenizer_fingerprint(a) == dataset.tokenizer_fingerprint(b) != dataset.tokenizer_fingerprint(dataset.get_tokenizer("byte"))
+
+
+def slow_tokens(enc, documents):
+    return [t for d in documents for t in [enc.eot_token, *enc.encode_ordinary(d)]]
+
+
+def read_split(folder, split):
+    paths = sorted(os.path.join(folder, n) for n in os.listdir(folder) if n.startswith(split))
+    return np.concatenate([dataset.read_shard(p) for p in paths]).tolist() if paths else []
+
+
+@needs_gpt2
+@needs_wikitext
+def test_gpt2_tokens_of_real_text_equal_tiktokens_own(tmp_path):
+    dataset.prepare(WIKITEXT, out=str(tmp_path / "d"), val_tokens=0)
+    with open(WIKITEXT, encoding="utf-8") as f:
+        documents = [d.strip("\n") for d in re.split(r"\n(?:[ \t\r]*\n)+", f.read())]
+    assert read_split(tmp_path / "d", "train") == slow_tokens(gpt2_vocabulary(), [d for d in documents if d])
+
+
+@needs_gpt2
+def test_a_text_in_one_piece_has_tiktokens_own_tokens_though_it_is_cut(tmp_path):
+    text = "\n".join(stories(300)) + "".join(random.Random(0).choices(" \nab1'.é", k=5000))
+    text = re.sub(r"\n\s+", "\n", text).strip("\n")
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    dataset.prepare(str(tmp_path / "t.txt"), out=str(tmp_path / "d"), val_tokens=0)
+    assert read_split(tmp_path / "d", "train") == slow_tokens(gpt2_vocabulary(), [text])
+
+
+@pytest.mark.parametrize("raw", [b"a b\n\nc\n\n\n\nd\n", b"\xef\xbb\xbfa b\r\n\r\nc\r\n\r\n\r\nd", b"\n\na b\n \t \nc\n\nd\n\n\n"],
+                         ids=["plain", "windows", "spaces on blank lines"])
+def test_blank_lines_divide_documents(tmp_path, raw):
+    (tmp_path / "t.txt").write_bytes(raw)
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"), val_tokens=0)
+    assert read_split(tmp_path / "d", "train") == slow_tokens(dataset.get_tokenizer("byte"), ["a b", "c", "d"])
+
+
+def test_doc_sep_divides_documents(tmp_path):
+    (tmp_path / "t.txt").write_text("one\n\ntwo\n<|endoftext|>\nthree")
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"), val_tokens=0, doc_sep=dataset.EOT)
+    assert read_split(tmp_path / "d", "train") == slow_tokens(dataset.get_tokenizer("byte"), ["one\n\ntwo", "three"])
+
+
+def test_end_of_text_inside_a_document_is_ordinary_text(tmp_path):
+    (tmp_path / "t.txt").write_text("a <|endoftext|> b\n\nc")
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"), val_tokens=0)
+    assert read_split(tmp_path / "d", "train") == slow_tokens(dataset.get_tokenizer("byte"), ["a <|endoftext|> b", "c"])
+
+
+def test_a_shard_is_256_integers_and_uint16_tokens(tmp_path):
+    dataset.write_shard(str(tmp_path / "s.bin"), [1, 2, 65535])
+    raw = (tmp_path / "s.bin").read_bytes()
+    assert struct.unpack("<256i", raw[:1024]) == (20240520, 1, 3) + (0,) * 253
+    assert struct.unpack("<3H", raw[1024:]) == (1, 2, 65535)
+    assert dataset.read_shard(str(tmp_path / "s.bin")).tolist() == [1, 2, 65535]
+
+
+@pytest.mark.skipif("LLMC" not in os.environ, reason="needs llm.c's sources: LLMC=folder")
+def test_llmc_reads_a_shard_token_for_token(tmp_path):
+    with open(os.path.join(os.environ["LLMC"], "train_gpt2.py")) as f:
+        source = f.read()
+    reader = {"np": np, "print0": print}
+    exec(source[source.index("def _peek_data_shard"):source.index("class DistributedDataLoader")], reader)
+    tokens = np.random.default_rng(0).integers(0, 50257, 100_000)
+    dataset.write_shard(str(tmp_path / "s.bin"), tokens)
+    assert reader["_peek_data_shard"](str(tmp_path / "s.bin")) == 100_000
+    assert reader["_load_data_shard"](str(tmp_path / "s.bin")).tolist() == tokens.tolist()
+
+
+def test_a_tenth_of_a_small_texts_documents_is_kept_for_validation(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(200)))
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"))
+    enc = dataset.get_tokenizer("byte")
+    assert read_split(tmp_path / "d", "val") == slow_tokens(enc, stories(200)[::10])
+    assert read_split(tmp_path / "d", "train") == slow_tokens(enc, [s for i, s in enumerate(stories(200)) if i % 10])
+
+
+def test_val_tokens_takes_the_beginning_of_the_stream_exactly(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(100)))
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"), val_tokens=5001, shard_tokens=2000)
+    whole = slow_tokens(dataset.get_tokenizer("byte"), stories(100))
+    assert read_split(tmp_path / "d", "val") == whole[:5001] and read_split(tmp_path / "d", "train") == whole[5001:]
+
+
+def test_one_long_document_is_divided_into_train_and_val(tmp_path):
+    text = "\n".join(stories(100))
+    (tmp_path / "t.txt").write_text(text)
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"))
+    val, both = len(read_split(tmp_path / "d", "val")), len(text) + 1
+    assert val + len(read_split(tmp_path / "d", "train")) == both and 0.05 < val / both < 0.15
+
+
+def test_the_manifest_counts_tokens_bytes_and_documents(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(s + " äö" for s in stories(60)), encoding="utf-8")
+    dataset.prepare(str(tmp_path / "t.txt"), "bpe:300", out=str(tmp_path / "d"), shard_tokens=3000)
+    shards = json.load(open(tmp_path / "d/meta.json"))["shards"]
+    assert sum(s["documents"] for s in shards) == 60
+    assert sum(s["bytes"] for s in shards) == sum(len((s + " äö").encode()) for s in stories(60))
+    for s in shards:
+        assert len(dataset.read_shard(str(tmp_path / "d" / s["file"]))) == s["tokens"] <= 3000
+
+
+def tables(tmp_path, texts):
+    import pyarrow
+    import pyarrow.parquet
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"n": i, "text": t}) + "\n" for i, t in enumerate(texts)), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet", row_group_size=100)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_tables_are_read_as_documents(tmp_path, kind):
+    texts = stories(700) + ["", "one <|endoftext|> two", "half a pair: \ud83d"[:-1]]
+    tables(tmp_path, texts)
+    dataset.prepare(str(tmp_path / f"t.{kind}"), "byte", out=str(tmp_path / "d"), val_tokens=0)
+    assert read_split(tmp_path / "d", "train") == slow_tokens(dataset.get_tokenizer("byte"), [t for t in texts if t])
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_source_goes_on_from_any_state(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(dataset, "BATCH_BYTES", 10_000)
+    tables(tmp_path, stories(900))
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(900)))
+    source = dataset.open_source(str(tmp_path / f"t.{kind}"))
+    batches = [(pieces, json.loads(json.dumps(state))) for pieces, state in source.read(None)]
+    assert len(batches) > 3
+    for i, (_, state) in enumerate(batches):
+        assert [p for pieces, _ in source.read(state) for p in pieces] == [p for pieces, _ in batches[i + 1:] for p in pieces]
+
+
+def digest(folder):
+    return {n: hashlib.sha256(open(os.path.join(folder, n), "rb").read()).hexdigest() for n in sorted(os.listdir(folder))}
+
+
+def test_a_preparation_killed_again_and_again_ends_in_the_same_bytes(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(2000) * 3))
+    go = "import dataset, sys; dataset.SAVE_SECONDS = 0; dataset.BATCH_BYTES = 20_000; dataset.prepare('t.txt', 'bpe:400', out=sys.argv[1], shard_tokens=70_000)"
+    env = {**os.environ, "PYTHONPATH": HERE}
+    subprocess.run([sys.executable, "-c", go, "whole"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    size = lambda: sum(os.path.getsize(e) for e in os.scandir(tmp_path / "cut") if e.name.endswith(".bin")) if (tmp_path / "cut").exists() else 0
+    rng, total, killed = random.Random(0), sum(os.path.getsize(e) for e in os.scandir(tmp_path / "whole")), 0
+    for share in (0.0, 0.15, 0.35, 0.6, 0.8):
+        p = subprocess.Popen([sys.executable, "-c", go, "cut"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
+        while size() <= share * total and p.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        killed += p.poll() is None
+        p.kill()
+        p.wait()
+    assert killed >= 4, "the preparation was too fast to be killed"
+    subprocess.run([sys.executable, "-c", go, "cut"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+def test_a_finished_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(30)))
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"))
+    before = {e.name: e.stat().st_mtime_ns for e in os.scandir(tmp_path / "d")}
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"))
+    assert "complete" in capsys.readouterr().out and before == {e.name: e.stat().st_mtime_ns for e in os.scandir(tmp_path / "d")}
+
+
+def test_a_changed_text_is_not_taken_for_the_old_one(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(30)))
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"))
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(31)))
+    with pytest.raises(dataset.UserError, match="another version"):
+        dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"))
+
+
+def test_no_more_than_a_few_batches_wait_in_memory(tmp_path, monkeypatch):
+    read, encoded, ahead = [0], [0], []
+
+    def endless(state):
+        for i in range(200):
+            read[0] += 1
+            ahead.append(read[0] - encoded[0])
+            yield [("x" * 100, True)], i
+
+    def slow(enc, pieces):
+        time.sleep(0.001)
+        encoded[0] += 1
+        return np.array([256] + [120] * 100, dtype=np.uint32)
+
+    monkeypatch.setattr(dataset, "encode_pieces", slow)
+    progress = dict(settings=dict(shard_tokens=10**6, val_tokens=0), state=None, pieces=0, shards=[])
+    dataset.tokenize(dataset.Source("x", endless), dataset.get_tokenizer("byte"), str(tmp_path), progress, workers=2)
+    assert progress["shards"][0]["tokens"] == 200 * 101 and max(ahead) < 12
+
+
+# -- data_loader.py
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Three shards, 2,000 tokens in all, each its own position in the stream; val is the first 300 again."""
+    folder = tmp_path_factory.mktemp("shards")
+    for i, (a, b) in enumerate(((0, 700), (700, 717), (717, 2000))):
+        dataset.write_shard(str(folder / f"train_{i:06d}.bin"), np.arange(a, b))
+    dataset.write_shard(str(folder / "val_000000.bin"), np.arange(300))
+    return str(folder)
+
+
+@pytest.mark.parametrize("B", [1, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_window_is_visited_exactly_once_an_epoch(shards, world_size, B):
+    loaders = [DataLoader(shards, "train", B, 16, rank, world_size, seed=7) for rank in range(world_size)]
+    n = loaders[0].n_windows
+    assert n == (2000 - 17) // 16 + 1
+    seen = []
+    while len(seen) < 3 * n:
+        seen += [row for loader in loaders for row in loader.next_batch()[0][:, 0].tolist()]
+    orders = [seen[e * n:(e + 1) * n] for e in range(3)]
+    assert all(sorted(order) == list(range(0, 16 * n, 16)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] and orders[0] != sorted(orders[0])
+
+
+def test_the_order_depends_neither_on_processes_nor_on_the_micro_batch(shards):
+    def order(B, world_size):
+        loaders = [DataLoader(shards, "train", B, 16, rank, world_size) for rank in range(world_size)]
+        return [row for _ in range(240 // (B * world_size)) for loader in loaders for row in loader.next_batch()[0][:, 0].tolist()]
+    assert order(1, 1) == order(12, 1) == order(5, 2) == order(10, 8) != DataLoader(shards, "train", 240, 16, seed=1).next_batch()[0][:, 0].tolist()
+
+
+@pytest.mark.parametrize("stride", [1, 7, 16, 40])
+def test_windows_are_slices_of_the_stream_whatever_the_shards(shards, stride):
+    loader = DataLoader(shards, "train", 1, 16, stride=stride)
+    assert loader.n_windows == len([i for i in range(0, 2000, stride) if i + 17 <= 2000])
+    x, y = loader.windows(range(loader.n_windows))
+    for i in range(loader.n_windows):
+        assert x[i].tolist() == list(range(i * stride, i * stride + 16)) and y[i].tolist() == list(range(i * stride + 1, i * stride + 17))
+
+
+def test_the_loaders_state_is_one_integer_that_seeks_at_once(shards):
+    a, b = DataLoader(shards, "train", 4, 16), DataLoader(shards, "train", 4, 16)
+    for _ in range(50):
+        a.next_batch()
+    assert a.state_dict() == {"position": 200}
+    b.next_batch()
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a.next_batch()[0], b.next_batch()[0])
+    b.load_state_dict({"position": 10**15})
+    b.next_batch()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 1000, 4096, 4097])
+def test_the_permutation_is_one(n):
+    assert sorted(permute(np.arange(n), n, seed=3, epoch=5).tolist()) == list(range(n))
+
+
+def test_the_permutation_leaves_no_trace_of_the_old_order():
+    p = permute(np.arange(50_000), 50_000, seed=0, epoch=0)
+    assert abs(np.corrcoef(p, np.arange(50_000))[0, 1]) < 0.02 and abs(np.corrcoef(p[1:], p[:-1])[0, 1]) < 0.02
+
+
+def test_numpy_shards_load(shards, tmp_path):
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(2000, dtype=np.uint16))
+    assert torch.equal(DataLoader(str(tmp_path), "train", 8, 16).next_batch()[0], DataLoader(shards, "train", 8, 16).next_batch()[0])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
+def test_resident_memory_stays_flat_while_shards_are_read(tmp_path):
+    dataset.write_shard(str(tmp_path / "train_000000.bin"), np.zeros(50_000_000, dtype=np.uint16))
+    loader = DataLoader(str(tmp_path), "train", 64, 1024)
+    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    loader.next_batch()
+    before = resident()
+    for _ in range(loader.n_windows // 64):
+        loader.next_batch()
+    assert resident() - before < 20e6, "of 100 MB read"
+
+
+def test_a_token_outside_the_vocabulary_is_named(tmp_path):
+    dataset.write_shard(str(tmp_path / "train_000000.bin"), [1] * 50 + [999] + [1] * 50)
+    with pytest.raises(dataset.UserError, match=r"train_000000.bin: token 999 at 50 is outside the vocabulary of 500"):
+        DataLoader(str(tmp_path), "train", 6, 16, vocab_size=500).next_batch()
+
+
+# -- train.py
+
+FAST = ["--data=data/t", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--total_batch_size=256", "--max_steps=30", "--max_lr=1e-2", "--warmup_steps=4",
+        "--val_interval=5", "--val_tokens=2000", "--ckpt_interval=2", "--sample_interval=0", "--hella_interval=0", "--device=cpu", "--dropout=0.1", "--dtype=float32"]
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A folder with data/t, stories in bytes, and two runs of the same training: runs/fp32 and runs/bf16."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "t.txt").write_text("\n\n".join(stories(150)))
+    dataset.prepare(str(folder / "t.txt"), "byte", out=str(folder / "data/t"))
+    for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        r = script(here("train.py"), *FAST, f"--out_dir=runs/{name}", f"--dtype={dtype}", cwd=folder)
+        assert r.returncode == 0, r.stderr
+    return folder
+
+
+def records(folder):
+    """log.txt -> {(stream, step): line}, the last line of a step winning; what depends on the clock is left out"""
+    out = {}
+    with open(os.path.join(folder, "log.txt")) as f:
+        for line in f:
+            if line[0] != "#" and line.endswith("\n"):
+                step, stream, *rest = line.split()
+                out[stream, int(step)] = " ".join([step, stream] + [r for r in rest if r.split("=")[0] not in ("ms", "tok_s", "mfu", "usd")])
+    return out
+
+
+def losses(folder, stream="train"):
+    return [float(line.split()[2]) for (s, _), line in sorted(records(folder).items(), key=lambda kv: kv[0][1]) if s == stream]
+
+
+def test_training_lowers_the_loss(workspace):
+    values = losses(workspace / "runs/fp32", "val")
+    assert values[0] == pytest.approx(math.log(384), abs=0.1) and values[-1] < 3.5
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_a_run_killed_five_times_logs_the_losses_of_one_that_was_not(workspace, name, tmp_path):
+    rng = random.Random(name)
+    out, killed_in_save = tmp_path / "run", False
+    command = [sys.executable, here("train.py"), *FAST, f"--dtype={dict(fp32='float32', bf16='bfloat16')[name]}", f"--out_dir={out}", "--resume=auto"]
+    reached = lambda: max([step for _, step in records(out)], default=-1) if (out / "log.txt").exists() else -1
+    for kill_at in (1, 7, 13, 19, 24):
+        p = subprocess.Popen(command, cwd=workspace, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while reached() < kill_at and p.poll() is None:
+            time.sleep(0.005)
+        if kill_at == 13:  # wait for a checkpoint to be half written
+            while not killed_in_save and p.poll() is None:
+                killed_in_save = any(e.name.endswith(".tmp") for e in os.scandir(out / "checkpoints"))
+        else:
+            time.sleep(rng.random() * 0.03)
+        assert p.poll() is None, f"the run ended before it could be killed after step {kill_at}"
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+    assert killed_in_save
+    r = script(*command[1:-1], "--resume", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    assert records(out) == records(workspace / "runs" / name)
+
+
+def torchrun(n, *args, cwd):
+    return script("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone", here("train.py"), *args, cwd=cwd)
+
+
+NO_DROPOUT = [*FAST, "--dropout=0", "--max_steps=16"]
+
+
+@pytest.fixture(scope="session")
+def one_process(workspace):
+    r = script(here("train.py"), *NO_DROPOUT, "--ckpt_interval=6", "--out_dir=runs/one", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    return workspace / "runs/one"
+
+
+def same(a, b):
+    return len(losses(a)) == 16 and losses(a) == pytest.approx(losses(b), abs=1e-5) and losses(a, "val") == pytest.approx(losses(b, "val"), abs=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(workspace, one_process):
+    r = torchrun(2, *NO_DROPOUT, "--out_dir=runs/two", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    assert same(workspace / "runs/two", one_process)
+
+
+def test_a_run_begun_on_one_process_goes_on_on_two(workspace, one_process, tmp_path):
+    r = torchrun(2, "--resume=runs/one/checkpoints/model_000006.pt", f"--out_dir={tmp_path}", "--device=cpu", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    assert losses(tmp_path) == pytest.approx(losses(one_process)[6:], abs=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_the_micro_batch_does_not_change_the_losses(workspace, one_process, tmp_path, micro_batch):
+    r = script(here("train.py"), *NO_DROPOUT, f"--micro_batch={micro_batch}", f"--out_dir={tmp_path}", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    assert same(tmp_path, one_process)
+
+
+def test_the_validation_loss_equals_a_slow_loop_over_the_split(workspace):
+    folder, enc = workspace / "runs/fp32", dataset.get_tokenizer("byte")
+    model, ckpt = gpt.load_checkpoint(str(folder / "checkpoints/model_000030.pt"))
+    tokens, nats, n_bytes = torch.tensor(read_split(workspace / "data/t", "val")), 0.0, 0
+    with torch.no_grad():
+        for i in range(2000 // 32):
+            window = tokens[32 * i:32 * i + 33]
+            for target, log_p in zip(window[1:].tolist(), model(window[None, :-1], window[None, 1:])[0][0].log_softmax(-1)):
+                nats -= log_p[target].item()
+                n_bytes += target != enc.eot_token
+    line = records(folder)["val", 30].split()
+    assert float(line[2]) == pytest.approx(nats / 1984, abs=1e-5)
+    assert float(line[3].removeprefix("bpb=")) == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-5)
+
+
+def test_a_checkpoint_is_plain_data_and_the_whole_run(workspace):
+    ckpt = torch.load(workspace / "runs/fp32/checkpoints/model_000030.pt", weights_only=True)
+    assert {"version", "step", "model", "optimizers", "scaler", "rng", "loader", "model_config", "train_config", "tokenizer", "data_fingerprint", "best", "totals"} <= set(ckpt)
+    assert ckpt["step"] == 30 and ckpt["loader"] == {"position": 30 * 8} and ckpt["totals"]["tokens"] == 30 * 256
+    assert {"transformer.wte.weight", "transformer.h.0.attn.c_attn.weight", "transformer.h.1.mlp.c_proj.bias", "lm_head.weight"} <= set(ckpt["model"])
+
+
+def test_the_newest_checkpoints_and_the_best_one_stay(workspace, tmp_path):
+    r = script(here("train.py"), *FAST, "--max_lr=3", "--grad_clip=0", "--warmup_steps=20", "--val_interval=2", "--keep=2", f"--out_dir={tmp_path}", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    values = {step: float(line.split()[2]) for (stream, step), line in records(tmp_path).items() if stream == "val" and step}
+    best = min(values, key=values.get)
+    assert best < 28, "the run was meant to get worse at the end"
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [f"model_{s:06d}.pt" for s in (best, 28, 30)]
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_exits(workspace, tmp_path, sig):
+    p = subprocess.Popen([sys.executable, here("train.py"), *FAST, "--max_steps=100000", "--ckpt_interval=0", f"--out_dir={tmp_path}"],
+                         cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "log.txt").exists() or ("train", 3) not in records(tmp_path):
+        time.sleep(0.02)
+    p.send_signal(sig)
+    assert p.wait(60) == 128 + sig and "Traceback" not in p.stderr.read()
+    ckpt = gpt.read_checkpoint(gpt.find_checkpoints(str(tmp_path))[-1])
+    assert ckpt["step"] == max(step for _, step in records(tmp_path)) + 1
+
+
+def test_a_new_run_sets_an_older_one_aside(workspace, tmp_path):
+    go = [here("train.py"), *FAST, "--max_steps=2", f"--out_dir={tmp_path}"]
+    script(*go, cwd=workspace)
+    before = (tmp_path / "log.txt").read_text()
+    assert script(*go, cwd=workspace).returncode == 0
+    assert (tmp_path / "log.1.txt").read_text() == before and os.listdir(tmp_path / "checkpoints.1") == os.listdir(tmp_path / "checkpoints")
+
+
+def test_init_from_begins_with_the_weights_of_a_checkpoint(workspace, tmp_path):
+    r = script(here("train.py"), *FAST, "--init_from=runs/fp32/checkpoints/model_000030.pt", f"--out_dir={tmp_path}", "--max_steps=1", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    assert losses(tmp_path, "val")[0] == losses(workspace / "runs/fp32", "val")[-1]
+
+
+def test_llmc_shards_from_elsewhere_train(shards, tmp_path):
+    r = script(here("train.py"), *FAST, f"--data={shards}", "--max_steps=3", "--vocab_size=50304", "--out_dir=o", cwd=tmp_path)
+    assert r.returncode == 0 and "no manifest" in r.stdout and len(losses(tmp_path / "o")) == 3
+
+
+def test_a_text_file_is_tokenized_on_first_use(tmp_path):
+    (tmp_path / "book.txt").write_text("\n\n".join(stories(60)))
+    r = script(here("train.py"), *FAST, "--data=book.txt", "--tokenizer=bpe:300", "--max_steps=2", cwd=tmp_path)
+    assert r.returncode == 0 and (tmp_path / "data/book-bpe300/meta.json").exists() and (tmp_path / "log.txt").exists()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_learning_rate_rises_from_above_zero_and_ends_at_its_minimum(monkeypatch, schedule):
+    for k, v in dict(schedule=schedule, max_lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=100, cooldown=0.4).items():
+        monkeypatch.setattr(train, k, v)
+    rates = [train.get_lr(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:]))
+    assert rates[55] == (1.0 if schedule == "wsd" else pytest.approx(0.55))
+    assert schedule == "cosine" or rates[80] == pytest.approx(0.55)
+
+
+def test_the_command_line_wins_over_the_config_file_over_the_recipe(monkeypatch, tmp_path):
+    for k, v in train.SETTINGS.items():
+        monkeypatch.setattr(train, k, v, raising=False)
+    (tmp_path / "c.json").write_text('{"warmup_steps": 5, "max_lr": 1e-3, "total_batch_size": 1e6}')
+    train.configure(["--recipe", "tiny", f"--config={tmp_path}/c.json", "--max_lr=2e-3", "--seed", "1_000", "--deterministic"])
+    assert (train.tokenizer, train.warmup_steps, train.max_lr, train.seed, train.deterministic, train.total_batch_size) == \
+        (train.RECIPES["tiny"]["tokenizer"], 5, 2e-3, 1000, True, 1_000_000)
+
+
+def test_epochs_from_a_later_layer_replace_the_steps(monkeypatch):
+    for k, v in train.SETTINGS.items():
+        monkeypatch.setattr(train, k, v, raising=False)
+    train.configure(["--epochs=2"])
+    assert (train.epochs, train.max_steps) == (2, 0)
+    train.configure(["--recipe=tinystories", "--max_steps=7"])
+    assert (train.epochs, train.max_steps) == (20, 7)
+
+
+def test_help_lists_every_hyperparameter(tmp_path):
+    out = script(here("train.py"), "--help", cwd=tmp_path).stdout
+    assert [name for name in train.SETTINGS if f"  --{name}=" not in out] == []
+
+
+def test_a_dry_run_counts_parameters_and_touches_nothing(tmp_path):
+    r = script(here("train.py"), "--dry_run", cwd=tmp_path)
+    assert r.returncode == 0 and "124,475,904" in r.stdout and os.listdir(tmp_path) == []
+
+
+def test_bench_prints_one_line_of_json(tmp_path):
+    r = script(here("train.py"), *FAST, "--bench=3", cwd=tmp_path)
+    line = json.loads(r.stdout.splitlines()[-1])
+    assert r.returncode == 0 and {"tok_s", "ms", "mfu", "peak_tflops", "mem_gb"} <= set(line) and line["tok_s"] > 0
+    assert os.listdir(tmp_path) == []
+
+
+# -- eval.py, hellaswag.py, plot.py
+
+def test_generate_text_is_importable_and_repeats_with_a_seed(workspace):
+    say = lambda **k: speak.generate_text(prompt="Once", max_new_tokens=30, temperature=0.7, top_k=50, top_p=0.95, out_dir=str(workspace / "runs/fp32"), device="cpu", **k)
+    assert say(seed=1).startswith("Once") and say(seed=1) == say(seed=1) != say(seed=2)
+
+
+def test_eval_prints_the_samples_and_says_which_checkpoint_speaks(workspace):
+    r = script(here("eval.py"), "--prompt", "Once", "--num_samples", "2", "--max_new_tokens", "20", "--temperature", "0", cwd=workspace / "runs/fp32")
+    assert r.returncode == 0, r.stderr
+    a, b = r.stdout.split("---\n")
+    assert a == b and a.startswith("Once") and "model_000030.pt, step 30" in r.stderr
+
+
+
+def test_a_character_spread_over_tokens_is_printed_whole():
+    class Model(GPT):
+        def stream(self, *args):
+            yield from (torch.tensor([[b]]) for b in "é☃".encode() + b"\xff")
+            yield torch.tensor([[256]])
+    model = Model(small(vocab_size=257))
+    assert "".join(speak.stream_text(model, dataset.get_tokenizer("byte"), "", 100, 1, None, None)) == "é☃\ufffd"
+
+
+def slow_hellaswag(model, enc, examples):
+    right = 0
+    for e in examples:
+        scores = []
+        for ending in e["endings"]:
+            context, rest = enc.encode_ordinary(e["ctx"]), enc.encode_ordinary(" " + ending)
+            idx = torch.tensor([context + rest])
+            log_p = model(idx, idx)[0][0].log_softmax(-1)
+            scores.append(-sum(log_p[len(context) + i - 1, t].item() for i, t in enumerate(rest)) / len(rest))
+        right += scores.index(min(scores)) == int(e["label"])
+    return right
+
+
+def test_hellaswag_equals_a_slow_loop_over_single_endings(tmp_path):
+    torch.manual_seed(0)
+    enc, rng = dataset.get_tokenizer("byte"), random.Random(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=257, n_layer=1, n_head=1, n_embd=16)).eval()
+    torch.nn.init.normal_(model.transformer.wte.weight)
+    words = stories(1)[0].split()
+    examples = [{"ctx": " ".join(rng.choices(words, k=8)), "label": rng.randrange(4),
+                 "endings": [" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(4)]} for _ in range(40)]
+    with torch.no_grad():
+        assert hellaswag.evaluate(model, enc, examples) == (slow_hellaswag(model, enc, examples), 40)
+    shares = [hellaswag.evaluate(model, enc, examples, rank, 3) for rank in range(3)]
+    assert tuple(map(sum, zip(*shares))) == hellaswag.evaluate(model, enc, examples)
+
+
+def test_hellaswag_masks_exactly_the_endings():
+    enc = dataset.get_tokenizer("byte")
+    tokens, mask, label = hellaswag.render_example({"ctx": "A cat", "label": "2", "endings": ["sat.", "is", "ran off", "x"]}, enc)
+    assert label == 2 and [enc.decode(t[m == 1].tolist()) for t, m in zip(tokens, mask)] == [" sat.", " is", " ran off", " x"]
+
+
+@needs_gpt2
+@pytest.mark.skipif(not os.path.exists(HELLASWAG), reason=f"needs {os.path.relpath(HELLASWAG, HERE)}")
+def test_hellaswag_judges_real_examples_from_the_command_line(workspace):
+    r = script(here("hellaswag.py"), "--data", os.path.abspath(HELLASWAG), "--limit", "12", "--out_dir", "runs/fp32", cwd=workspace)
+    assert r.returncode == 0 and re.search(r"\d+/12 = 0\.\d{4} \+- ", r.stdout), r.stderr
+
+
+def test_a_log_is_read_with_the_last_line_of_a_step_winning(tmp_path):
+    (tmp_path / "log.txt").write_text('# {"config": {"total_batch_size": 8}}\n0 train 5.0 lr=1e-3 mfu=n/a\n0 val 5.5\n1 train 4.0 lr=2e-3\n1 train 4.5 lr=3e-3\n1 hella 0.25\nnoise\n2 train 3.')
+    streams, config = plot.read_log(str(tmp_path / "log.txt"))
+    assert streams["train"] == {0: (5.0, {"lr": 1e-3}), 1: (4.5, {"lr": 3e-3})}
+    assert streams["val"] == {0: (5.5, {})} and streams["hella"] == {1: (0.25, {})} and config == {"total_batch_size": 8}
+
+
+def picture(path):
+    return open(path, "rb").read(8) == b"\x89PNG\r\n\x1a\n" and os.path.getsize(path) > 10_000
+
+
+def test_plot_draws_a_run_and_several(workspace, tmp_path):
+    r = script(here("plot.py"), "log.txt", cwd=workspace / "runs/fp32")
+    assert r.returncode == 0 and picture(workspace / "runs/fp32/log.png"), r.stderr
+    r = script(here("plot.py"), "fp32/log.txt", "bf16/log.txt", "--x=tokens", f"--out={tmp_path}/both.pdf", cwd=workspace / "runs")
+    assert r.returncode == 0 and (tmp_path / "both.pdf").read_bytes().startswith(b"%PDF"), r.stderr
+
+
+@pytest.mark.parametrize("log", ['# {"config": {}}\n', "", "0 val 10.9\n0 hella 0.25\n0 train 10.9\n1 train 9"], ids=["header only", "empty", "another project's"])
+def test_plot_draws_whatever_a_log_holds(tmp_path, log):
+    (tmp_path / "log.txt").write_text(log)
+    plot.plot([str(tmp_path / "log.txt")], str(tmp_path / "log.png"))
+    assert picture(tmp_path / "log.png")
+
+
+# -- mistakes: one line, a non-zero exit, nothing overwritten
+
+T = ["train.py", *FAST]
+MISTAKES = {
+    "an unknown option": ([*T, "--max_step=3"], "there is no option --max_step; did you mean --max_steps?"),
+    "a misspelt recipe": (["train.py", "--recipe=tinny"], "did you mean tiny?"),
+    "an option without its value": ([*T, "--seed"], "--seed needs a value"),
+    "a word that is no option": ([*T, "fast"], "no option fast"),
+    "a word for a number": ([*T, "--max_steps=many"], "max_steps='many' is not a whole number"),
+    "a fraction for a whole number": ([*T, "--max_steps=1.5"], "max_steps='1.5' is not a whole number"),
+    "a number out of range": ([*T, "--log_interval=0"], "log_interval=0 must be at least 1"),
+    "a negative rate": ([*T, "--max_lr=-1"], "max_lr=-1.0 must be at least 0"),
+    "an unknown choice": ([*T, "--norm=batch"], "norm='batch' must be one of layer, rms"),
+    "a missing config": ([*T, "--config=no.json"], "cannot read config no.json"),
+    "a broken config": ([*T, "--config=broken.json"], "broken.json is not JSON"),
+    "a config with an unknown name": ([*T, "--config=unknown.json"], "no hyperparameter max_l; did you mean max_lr?"),
+    "missing data": ([*T, "--data=data/none"], "there is no data data/none"),
+    "data not made yet": (["train.py"], "python dataset.py --source=fineweb-edu"),
+    "unfinished data": ([*T, "--data=data/unfinished"], "data/unfinished is unfinished"),
+    "an empty folder": ([*T, "--data=data/empty"], "has no *train*.bin"),
+    "a truncated shard": ([*T, "--data=data/truncated"], "its header says 2,000 tokens, its length 1,990"),
+    "a shard with a wrong magic number": ([*T, "--data=data/magic"], "magic"),
+    "too little data for a window": ([*T, "--data=data/short"], "a window takes block_size + 1 = 33"),
+    "a vocabulary too small for the data": ([*T, "--vocab_size=100"], "vocab_size=100 is too small for"),
+    "another tokenizer than the data's": ([*T, "--tokenizer=gpt2"], "data/t is in tokenizer byte, not gpt2"),
+    "heads that do not divide the width": ([*T, "--n_head=3"], "n_embd=32 must be a multiple of n_head=3"),
+    "a batch that does not divide": ([*T, "--total_batch_size=250"], "use 224 or 256"),
+    "a micro-batch that does not divide": ([*T, "--micro_batch=3"], "use one of 1, 2, 4, 8"),
+    "an unwritable out_dir": ([*T, "--out_dir=t.txt/run"], "cannot write in out_dir=t.txt/run"),
+    "a device that is not there": ([*T, "--device=cuda:7"], "device=cuda:7 cannot be used here"),
+    "no checkpoint to resume": ([*T, "--resume", "--out_dir=runs/none"], "no checkpoint to resume from"),
+    "a missing checkpoint": ([*T, "--resume=no.pt"], "there is no checkpoint no.pt"),
+    "not a checkpoint": ([*T, "--resume=t.txt"], "t.txt is not a checkpoint"),
+    "a checkpoint of another shape": ([*T, "--n_embd=64", "--resume", "--out_dir=runs/fp32"], "has n_embd=32, not 64"),
+    "a checkpoint of other data": (["train.py", "--resume", "--out_dir=runs/fp32", "--data=data/other"], "--new_data goes on all the same"),
+    "weights that do not exist": ([*T, "--init_from=nowhere/"], "nowhere/"),
+    "an unknown source": (["dataset.py", "--source=finweb"], "did you mean fineweb?"),
+    "a source that is not there": (["dataset.py", "--source=no.txt"], "there is no source 'no.txt'"),
+    "a pattern without files": (["dataset.py", "--source=*.nothing"], "no file matches"),
+    "a folder as a source": (["dataset.py", "--source=data"], "data is a folder"),
+    "an empty file": (["dataset.py", "--source=empty.txt"], "empty.txt is empty"),
+    "a binary file as text": (["dataset.py", "--source=binary.txt"], "binary.txt is not UTF-8 text"),
+    "a blank text": (["dataset.py", "--source=blank.txt", "--tokenizer=byte"], "holds no text"),
+    "a tokenizer that does not exist": (["dataset.py", "--source=t.txt", "--tokenizer=gpt3", "--out=data/new"], "there is no tokenizer 'gpt3'"),
+    "a tokenizer too large for uint16": (["dataset.py", "--source=t.txt", "--tokenizer=bpe:70000", "--out=data/new"], "from 258 to 65536"),
+    "a tokenizer too small": (["dataset.py", "--source=t.txt", "--tokenizer=bpe:100", "--out=data/new"], "from 258 to 65536"),
+    "a missing column": (["dataset.py", "--source=t.jsonl", "--tokenizer=byte", "--out=data/new"], "no column 'text'; its columns are story"),
+    "broken json": (["dataset.py", "--source=broken.jsonl", "--tokenizer=byte", "--out=data/new"], "cannot read broken.jsonl"),
+    "other settings for a finished folder": (["dataset.py", "--source=t.txt", "--tokenizer=bpe:300", "--out=data/t"], "data/t was made with tokenizer=byte, not bpe:300"),
+    "an unknown option of dataset.py": (["dataset.py", "--sources=t.txt"], "did you mean --source?"),
+    "no checkpoint to speak": (["eval.py", "--prompt=x", "--out_dir=runs/none"], "has no checkpoint"),
+    "a temperature below zero": (["eval.py", "--temperature=-1", "--out_dir=runs/fp32"], "--temperature=-1.0 is out of range"),
+    "examples that are not HellaSwag": (["hellaswag.py", "--data=t.jsonl", "--out_dir=runs/fp32"], "line 1: not a HellaSwag example"),
+    "a missing log": (["plot.py", "no.txt"], "cannot read no.txt"),
+    "an unknown picture format": (["plot.py", "runs/fp32/log.txt", "--out=log.xyz"], "cannot write log.xyz"),
+}
+
+
+@pytest.fixture(scope="session")
+def mistakes(workspace):
+    """Makes every mistake, a few at a time.  -> {name: completed process}, and whether anything in the folder changed"""
+    for name in ("empty", "unfinished", "truncated", "magic", "short"):
+        (workspace / "data" / name).mkdir()
+    (workspace / "data/unfinished/progress.json").write_text("{}")
+    dataset.write_shard(str(workspace / "data/truncated/train_000000.bin"), np.arange(2000) % 250)
+    os.truncate(workspace / "data/truncated/train_000000.bin", 1024 + 2 * 1990)
+    (workspace / "data/magic/train_000000.bin").write_bytes(b"\1" * 4000)
+    dataset.write_shard(str(workspace / "data/short/train_000000.bin"), [1] * 20)
+    for name, raw in {"broken.json": b"{", "unknown.json": b'{"max_l": 1}', "empty.txt": b"", "blank.txt": b"\n\n \n\n", "binary.txt": bytes(range(256)) * 9,
+                      "t.jsonl": b'{"story": "x"}\n', "broken.jsonl": b'{"text": "x"}\n{"text": \n'}.items():
+        (workspace / name).write_bytes(raw)
+    (workspace / "other.txt").write_text("\n\n".join(stories(90)))
+    dataset.prepare(str(workspace / "other.txt"), "byte", out=str(workspace / "data/other"))
+    before = tree(workspace)
+    with ThreadPoolExecutor(3) as pool:
+        done = dict(zip(MISTAKES, pool.map(lambda m: script(here(m[0][0]), *m[0][1:], cwd=workspace, HF_HUB_OFFLINE="1"), MISTAKES.values())))
+    return done, before, tree(workspace)
+
+
+def tree(folder):
+    return {os.path.join(d, f): os.stat(os.path.join(d, f)).st_mtime_ns for d, _, files in os.walk(folder) for f in files if "__pycache__" not in d}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_one_line_that_says_what_is_wrong(mistakes, name):
+    r, (args, expected) = mistakes[0][name], MISTAKES[name]
+    assert r.returncode != 0 and "Traceback" not in r.stderr, r.stderr
+    lines = r.stderr.strip().splitlines()
+    assert lines[-1].startswith(f"{args[0]}: ") and expected in lines[-1] and len(lines) == 1, r.stderr
+
+
+def test_mistakes_overwrite_nothing(mistakes):
+    _, before, after = mistakes
+    assert {p: t for p, t in after.items() if p in before} == before
