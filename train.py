@@ -32,7 +32,6 @@ import inspect
 import json
 import math
 import re
-import resource
 import signal
 import statistics
 import time
@@ -129,22 +128,18 @@ class UserError(Exception):
 # -- settings: globals < recipe < config file < command line
 
 def configure(argv):
-    """Sets the globals above, and returns the checkpoint to resume from, if any."""
+    """Sets the globals above. -> what the user chose, recipe aside, and the checkpoint to resume from, if any"""
     command = parse_command(argv)
-    chosen = command.get("recipe", recipe)
     file = read_config(command.get("config", config))
-    chosen = command.get("recipe", file.get("recipe", recipe))
-    if chosen not in RECIPES:
-        raise UserError(f"there is no recipe {chosen!r}" + nearest(chosen, RECIPES))
-    layers = [RECIPES[chosen], file, command]
-    ckpt = find_resume({**SETTINGS, **file, **command})
+    asked = {**file, **command}
+    row = asked.get("recipe", recipe)
+    if row not in RECIPES:
+        raise UserError(f"there is no recipe {row!r}" + nearest(row, RECIPES))
+    layers = [RECIPES[row], file, command]
+    ckpt = find_resume({**SETTINGS, **asked})
     if ckpt:
         # What a run was begun with stays, but for what the command line changes. The shape cannot change.
-        for layer in layers:
-            for k, v in layer.items():
-                old = ckpt["model_config"].get(k)
-                if k in SHAPE and k not in ("dropout", "attention") and v != old and (k != "vocab_size" or v):
-                    raise UserError(f"the checkpoint {ckpt['path']} has {k}={old}, not {v}; a run is resumed in its own shape")
+        check_shape(ckpt["path"], {**ckpt["model_config"], "optimizer": ckpt["train_config"]["optimizer"]}, {**RECIPES[row], **asked})
         layers = [ckpt["train_config"], command]
     settings = dict(SETTINGS)
     for layer in layers:
@@ -156,7 +151,13 @@ def configure(argv):
     if settings["bench"]:
         settings.update(max_steps=settings["bench"], **{k: 0 for k in settings if k.endswith("_interval")})
     globals().update(settings)
-    return ckpt
+    return asked, ckpt
+
+
+def check_shape(path, has, wanted):
+    for k, v in wanted.items():
+        if k in has and k not in ("dropout", "attention") and v != has[k] and (k != "vocab_size" or v):
+            raise UserError(f"{path} has {k}={has[k]}, not {v}; it goes on in its own shape")
 
 
 def parse_command(argv):
@@ -303,6 +304,10 @@ def peak_tflops(device):
 def peak_memory_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -347,9 +352,8 @@ def data_tokenizer(folder, manifest):
     return spec, enc, hashlib.sha256(json.dumps([manifest["shards"], manifest["tokenizer"]]).encode()).hexdigest()[:16]
 
 
-def make_model(ckpt, spec, n_tokens, given):
+def make_model(ckpt, spec, n_tokens, asked):
     """A GPT on the CPU: the checkpoint's, that of init_from, or a new one."""
-    shape = {k: globals()[k] for k in SHAPE}
     if ckpt:
         model = GPT(GPTConfig(**{**ckpt["model_config"], "dropout": dropout, "attention": attention}))
         gpt.load_weights(model, ckpt.pop("model"), ckpt["path"])
@@ -361,12 +365,12 @@ def make_model(ckpt, spec, n_tokens, given):
                                 "or in another of that name; prepare the data with the checkpoint's own")
         else:
             model = GPT.from_pretrained(init_from)
-        for k, v in given.items():
-            if k in ("dropout", "attention"):
-                setattr(model.cfg, k, v)
-            elif k in SHAPE and v and getattr(model.cfg, k) != v:
-                raise UserError(f"{init_from} has {k}={getattr(model.cfg, k)}, not {v}")
+        wanted = {**RECIPES[recipe], **asked}
+        check_shape(init_from, dataclasses.asdict(model.cfg), wanted)
+        for k in ("dropout", "attention"):
+            setattr(model.cfg, k, wanted.get(k, getattr(model.cfg, k)))
     else:
+        shape = {k: globals()[k] for k in SHAPE}
         shape["vocab_size"] = shape["vocab_size"] or -(-n_tokens // 128) * 128
         model = GPT(GPTConfig(**shape, n_tokens=n_tokens))
     if n_tokens > model.cfg.vocab_size:
@@ -403,6 +407,7 @@ def fit(model, device, autocast, sequences):
     while True:
         try:
             tokens = torch.zeros(sizes[0], model.cfg.block_size, dtype=torch.long, device=device)
+            later = [torch.empty(2, *p.shape, device=device) for p in model.parameters()]  # room for AdamW's two moments
             with autocast():
                 fast(tokens, tokens)[1].backward()
             return sizes[0], fast
@@ -417,6 +422,7 @@ def fit(model, device, autocast, sequences):
             fast = model
             torch._dynamo.reset()
         finally:
+            later = None
             model.zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -439,11 +445,14 @@ def save_checkpoint(folder, state, best):
     """Complete under its name, or not there at all. Keeps the newest few, and the best."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"model_{state['step']:06d}.pt")
-    with open(path + ".tmp", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:  # torch raises the latter when a disk is full
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; the checkpoints before it are good") from None
     newest = gpt.find_checkpoints(os.path.dirname(folder))
     for old in newest[:-keep]:
         if old not in (path, os.path.join(folder, f"model_{best['step']:06d}.pt")):
@@ -523,8 +532,7 @@ def request_stop(signum, frame):
 # -- the run, from top to bottom
 
 def main():
-    ckpt = configure(sys.argv[1:])
-    given = {**RECIPES[recipe], **read_config(config), **parse_command(sys.argv[1:])}
+    asked, ckpt = configure(sys.argv[1:])
 
     # processes: torchrun starts one a device and says so in the environment
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -566,8 +574,8 @@ def main():
         n_tokens, n_windows = enc.n_vocab if enc else gpt.GPT2_TOKENS, loader.n_windows
         if loader.manifest is None and first:
             print(f"{folder} has no manifest: its tokens are taken for GPT-2's, and checked only for being in the vocabulary")
-        if "tokenizer" in given and loader.manifest and given["tokenizer"] not in (spec["name"], loader.manifest["settings"]["tokenizer"]):
-            raise UserError(f"{folder} is in tokenizer {spec['name']}, not {given['tokenizer']}")
+        if loader.manifest and asked.get("tokenizer", spec["name"]) not in (spec["name"], loader.manifest["settings"]["tokenizer"]):
+            raise UserError(f"{folder} is in tokenizer {spec['name']}, not {asked['tokenizer']}")
         if ckpt and ckpt["data_fingerprint"] != fingerprint and not new_data:
             raise UserError(f"{folder} is not the data that {ckpt['path']} was trained on; --new_data goes on all the same")
         try:
@@ -580,7 +588,7 @@ def main():
     set_steps(n_windows, sequences * world_size)
 
     # model: raw for everything but training steps, which may run a compiled one
-    raw = make_model(ckpt, spec, n_tokens, given).to(where)
+    raw = make_model(ckpt, spec, n_tokens, asked).to(where)
     raw.grad_checkpoint = grad_checkpoint
     flops_per_token, counts = raw.flops_per_token(), raw.param_counts()
     if first:
@@ -652,6 +660,15 @@ def main():
             record(step, "val", loss, f"step {step}/{max_steps} | validation loss {loss:.4f} nats a token, {bpb:.4f} bits a byte", bpb=f"{bpb:.6f}", tokens=int(tokens))
         return True
 
+    def judge(step):
+        """HellaSwag. False if a stop was asked for meanwhile."""
+        with autocast():
+            right, n = hellaswag.evaluate(raw, enc, examples, rank, world_size, stop=lambda: stop_signal)
+        right, n, stopped = total(right, n, stop_signal)
+        if first and not stopped:
+            record(step, "hella", right / n, f"step {step}/{max_steps} | HellaSwag {right / n:.4f}", examples=int(n))
+        return not stopped
+
     def print_sample(step):
         prompt = torch.tensor([[enc.eot_token] + enc.encode_ordinary(sample_prompt)], device=where)
         generator = torch.Generator(where).manual_seed(seed)
@@ -677,6 +694,17 @@ def main():
                 "totals": {**totals, "tokens": step * total_batch_size, "flops": step * total_batch_size * flops_per_token}}, best)
             dataset.say(f"step {step}/{max_steps} | saved {path}")
 
+    examples = None
+    if hella_interval and enc:
+        try:
+            if first:
+                hellaswag.download()
+            wait()
+            examples = hellaswag.read_examples(hellaswag.download())
+        except dataset.UserError as e:
+            if first:
+                print(f"no HellaSwag: {e}")
+
     # the loop
     due = lambda step, interval: interval and (step % interval == 0 or step == max_steps)
     byte_count = torch.tensor(dataset.token_bytes(enc), device=where) if enc else None
@@ -687,39 +715,40 @@ def main():
     gc.freeze()
     gc.disable()  # a collection in the middle of a step can cost half a second
     raw.train()
-    clock = time.perf_counter()
+    stop = total(stop_signal)[0]
     for step in range(step0, max_steps + 1):
-        stop = total(stop_signal)[0]
         # what is due at this step, unless the checkpoint we began with already saw to it
         if not evaluated and not stop:
-            evaluated = not (due(step, val_interval) and val_windows) or validate(step)
-            if evaluated and due(step, sample_interval) and step and enc and first:
+            evaluated = not (val_windows and due(step, val_interval)) or validate(step)
+            evaluated = evaluated and (not (examples and due(step, hella_interval)) or judge(step))
+            if evaluated and step and due(step, sample_interval) and enc and first:
                 print_sample(step)
-            clock = time.perf_counter()
-        if due(step, ckpt_interval) and step > step0 or stop:
+            stop = not evaluated
+        if step > step0 and due(step, ckpt_interval) or stop:
             save(step)
         if step == max_steps or stop:
             break
 
         # one step: forward and backward for every micro-batch, then one update
-        loss_sum = torch.zeros((), device=where)
+        began = time.perf_counter()
+        loss = torch.zeros((), device=where)
         for micro in range(accumulate):
             x, y = loader.next_batch()
             if world_size > 1:
-                # gradients travel with the last micro-batch only; DDP wants to know before the forward pass
+                # Gradients travel with the last micro-batch only; DDP wants to know before the forward pass.
                 model.require_backward_grad_sync = micro == accumulate - 1
             with autocast():
-                loss = model(x, y)[1] / accumulate
-            loss_sum += loss.detach()
-            scaler.scale(loss).backward()
+                part = model(x, y)[1] / accumulate
+            loss += part.detach()
+            scaler.scale(part).backward()
         lr = get_lr(step)
         for o in optimizers:
             scaler.unscale_(o)
             for group in o.param_groups:
                 group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf).item()
-        loss = total(loss_sum.item())[0] / world_size
-        # A step that is not finite changes nothing: the scaler, where there is one, then tries a smaller scale.
+        loss, stop = total(loss.item(), stop_signal)
+        # A step that is not finite changes nothing. The scaler, where there is one, then tries a smaller scale.
         bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
         if bad_steps == 0 or scaler.is_enabled():
             for o in optimizers:
@@ -728,21 +757,20 @@ def main():
         for o in optimizers:
             o.zero_grad(set_to_none=True)
         if bad_steps == 20:
-            raise UserError(f"the gradient was not finite for 20 steps, to step {step}, windows before {loader.position:,}; "
-                            "the checkpoints are good: resume with a lower max_lr, or --dtype=float32")
+            raise UserError(f"the gradient was not finite for 20 steps, to step {step} and window {loader.position:,} of the data; "
+                            "the saved checkpoints are good: resume with a lower max_lr, or in --dtype=float32")
         evaluated = False
-        now = time.perf_counter()
-        seconds, clock = now - clock, now
-        times.append(seconds)
-        totals["seconds"] += seconds
-        totals["usd"] += seconds / 3600 * world_size * usd_per_gpu_hour
+
+        times.append(time.perf_counter() - began)
+        totals["seconds"] += times[-1]
+        totals["usd"] += times[-1] / 3600 * world_size * usd_per_gpu_hour
         if first and due(step, log_interval):
             seconds = statistics.mean(times[-log_interval:])
             rate = total_batch_size / seconds
             mfu = f"{rate * flops_per_token / world_size / peak / 1e12:.4f}" if peak else "n/a"
             usd = {"usd": f"{totals['usd']:.4f}"} if usd_per_gpu_hour else {}
-            record(step, "train", loss, f"step {step}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
-                   f"{rate:,.0f} tokens/s | mfu {mfu} | {dataset.clock((max_steps - step) * seconds)} left",
+            record(step, "train", loss / world_size, f"step {step}/{max_steps} | loss {loss / world_size:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                   f"{seconds * 1000:.0f} ms | {rate:,.0f} tokens/s | mfu {mfu} | {dataset.clock((max_steps - step) * seconds)} left",
                    lr=f"{lr:.4e}", norm=f"{norm:.4f}", ms=f"{seconds * 1000:.1f}", tok_s=f"{rate:.0f}", mfu=mfu, **usd)
 
     if first and bench:
@@ -764,3 +792,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (UserError, dataset.UserError, gpt.UserError) as e:
         sys.exit(f"train.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ntrain.py: stopped before training began")
