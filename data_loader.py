@@ -6,7 +6,6 @@ in an order of its own, whatever the number of processes or the micro-batch: the
 many windows all processes have taken together.
 """
 import bisect
-import glob
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,9 @@ class DataLoader:
         self.paths, self.manifest = find_shards(data, split)
         self.vocab_size = vocab_size or (self.manifest or {}).get("vocab_size")
         self.shards = [read_shard(p) for p in self.paths]
+        for path, tokens, said in zip(self.paths, self.shards, [s["tokens"] for s in self.manifest["shards"] if s["split"] == split] if self.manifest else ()):
+            if len(tokens) != said:
+                raise UserError(f"{path} has {len(tokens):,} tokens, {MANIFEST} says {said:,}; prepare the data again")
         self.ends = np.cumsum([len(s) for s in self.shards]).tolist()  # where each shard ends in the stream
         self.n_tokens = self.ends[-1]
         self.n_windows = max(0, (self.n_tokens - T - 1) // self.stride + 1)
@@ -116,15 +118,13 @@ def find_shards(data, split):
     if manifest is None:
         if os.path.exists(os.path.join(data, PROGRESS)):
             raise UserError(f"{data} is unfinished; run its python dataset.py command again to complete it")
-        paths = sorted(p for kind in ("bin", "npy") for p in glob.glob(os.path.join(data, f"*{split}*.{kind}")))
-        if not paths:
+        names = sorted(n for n in os.listdir(data) if split in n and n.endswith((".bin", ".npy")))
+        if not names:
             raise UserError(f"{data} has no *{split}*.bin or *{split}*.npy shards")
-        return paths, None
-    shards = [s for s in manifest["shards"] if s["split"] == split]
-    if not shards:
-        raise UserError(f"{data} has no {split} split")
-    paths = [os.path.join(data, s["file"]) for s in shards]
-    for path, s in zip(paths, shards):
-        if len(read_shard(path)) != s["tokens"]:
-            raise UserError(f"{path} has {len(read_shard(path)):,} tokens, {MANIFEST} says {s['tokens']:,}; prepare the data again")
-    return paths, manifest
+    else:
+        if not isinstance(manifest, dict) or manifest.get("settings", {}).get("version") != 1:
+            raise UserError(f"{os.path.join(data, MANIFEST)} is not one that this version of dataset.py wrote")
+        names = [s["file"] for s in manifest["shards"] if s["split"] == split]
+        if not names:
+            raise UserError(f"{data} has no {split} split")
+    return [os.path.join(data, n) for n in names], manifest

@@ -13,9 +13,12 @@ import difflib
 import glob
 import hashlib
 import heapq
+import inspect
 import json
 import os
 import re
+import shutil
+import struct
 import sys
 import threading
 import time
@@ -87,19 +90,20 @@ def tokenizer_spec(name):
 
 def bpe_size(name):
     """"bpe:4096" -> 4096, None for other names. The size counts bytes, merges and special tokens."""
-    m = re.fullmatch(r"bpe:([\d_]+)", name)
+    m = re.fullmatch(r"bpe:(\d[\d_]*)", name)
     if not m:
         return None
-    n = int(m[1])
+    n = int(m[1].replace("_", ""))
     if not 257 < n <= 65536:
         raise UserError(f"tokenizer {name}: N must be from 258 to 65536, since tokens are stored as uint16")
     return n
 
 
 def tokenizer_fingerprint(enc):
+    """Of every token's bytes and id."""
     h = hashlib.sha256()
-    for token in enc.token_byte_values() + [s.encode() for s in sorted(enc.special_tokens_set)]:
-        h.update(len(token).to_bytes(4, "little") + token)
+    for token, i in sorted({**enc._mergeable_ranks, **{s.encode(): i for s, i in enc._special_tokens.items()}}.items(), key=lambda kv: kv[1]):
+        h.update(struct.pack("<II", i, len(token)) + token)
     return h.hexdigest()[:16]
 
 
@@ -223,7 +227,7 @@ def read_shard(path):
         raise UserError(f"{path} is a shard of version {header[1]}; only version {VERSION} is known")
     n = int(header[2])
     if size != HEADER_BYTES + 2 * n:
-        raise UserError(f"{path}: its header says {n:,} tokens, its length {(size - HEADER_BYTES) / 2:,g}; it is damaged or still being written")
+        raise UserError(f"{path}: its header says {n:,} tokens, its length {(size - HEADER_BYTES) // 2:,}; it is damaged or still being written")
     if n == 0:
         return np.empty(0, dtype="<u2")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
@@ -251,16 +255,16 @@ class ShardWriter:
     def __init__(self, folder, shard_tokens, lengths, eot, shards):
         self.folder, self.shard_tokens, self.lengths, self.eot = folder, shard_tokens, lengths, eot
         self.shards, self.files = shards, {}
-        for path in glob.glob(os.path.join(folder, "*.bin")):
-            if os.path.basename(path) not in {s["file"] for s in shards}:
-                os.remove(path)
+        for name in os.listdir(folder):
+            if re.fullmatch(r"(train|val|test)_\d{6}\.bin", name) and name not in {s["file"] for s in shards}:
+                os.remove(os.path.join(folder, name))
         for s in shards:
-            path = os.path.join(folder, s["file"])
-            if s["tokens"] < shard_tokens:
-                os.truncate(path, HEADER_BYTES + 2 * s["tokens"])
-                self.files[s["split"]] = open(path, "ab")
-            elif not os.path.isfile(path) or os.path.getsize(path) != HEADER_BYTES + 2 * s["tokens"]:
+            path, size = os.path.join(folder, s["file"]), HEADER_BYTES + 2 * s["tokens"]
+            if not os.path.isfile(path) or os.path.getsize(path) < size:
                 raise UserError(f"{path} is not as it was left; remove {folder} and start again")
+            if s["tokens"] < shard_tokens:
+                os.truncate(path, size)
+                self.files[s["split"]] = open(path, "ab")
 
     def append(self, split, tokens):
         while len(tokens):
@@ -349,13 +353,13 @@ def open_source(spec, column="text", doc_sep=None):
         raise UserError(f"{spec} is empty")
     stem = os.path.splitext(os.path.basename(spec))[0]
     name = re.sub(r"[^\w.-]+", "", stem) or os.path.basename(os.path.dirname(os.path.abspath(spec)))
-    kind = os.path.splitext(paths[0])[1].lower()
-    if len({os.path.splitext(p)[1].lower() for p in paths} & {".jsonl", ".parquet"}) and len({os.path.splitext(p)[1].lower() for p in paths}) > 1:
-        raise UserError(f"{spec} matches files of several kinds; name one kind")
-    if kind in (".jsonl", ".parquet"):
+    kinds = {os.path.splitext(p)[1].lower() for p in paths}
+    if kinds & {".jsonl", ".parquet"}:
+        if len(kinds) > 1:
+            raise UserError(f"{spec} matches files of several kinds; name one kind")
         if doc_sep is not None:
             raise UserError(f"--doc_sep is for text files; in {spec} every row is a document")
-        loader = "json" if kind == ".jsonl" else "parquet"
+        loader = "json" if kinds == {".jsonl"} else "parquet"
         read = lambda state: read_dataset(spec, column, state, path=loader, data_files=paths)
     else:
         # A text with few, long documents is cut into pieces, so that it too can be divided into train and val.
@@ -381,13 +385,13 @@ def read_text(paths, doc_sep, piece_bytes, state):
     Documents of text files, separated by blank lines or by doc_sep. A document longer than piece_bytes comes in pieces,
     cut before white space, where no token of the GPT-2 split ends up different.
     """
-    sep = re.compile(re.escape(doc_sep.encode()) if doc_sep else rb"\r?\n(?:[ \t]*\r?\n)+")
+    sep = re.compile(re.escape(doc_sep.encode()) if doc_sep else rb"\n(?:[ \t]*\r?\n)+")
     file_index, offset, inside = state or (0, 0, False)
     look = piece_bytes + 4096  # what is searched for the end of a document: the same wherever reading began
     batch, batch_bytes = [], 0
     for file_index in range(file_index, len(paths)):
         path = paths[file_index]
-        with open(path, "rb") as f:
+        with open_source_file(path) as f:
             f.seek(offset)
             buffer, pos, more = b"", 0, True
             while True:
@@ -422,12 +426,18 @@ def read_text(paths, doc_sep, piece_bytes, state):
         yield batch, (len(paths), 0, False)
 
 
+def open_source_file(path):
+    try:
+        return open(path, "rb")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
 def cut_point(buffer, start, end):
-    """The last place in (start, end] where white space follows something else, else one between two characters."""
-    at = end
-    while (at := max(buffer.rfind(b" ", start + 1, at), buffer.rfind(b"\n", start + 1, at))) > start:
-        if not buffer[at - 1:at].isspace():
-            return at
+    """A place in (start, end] where white space follows something else, near the end, else one between two characters."""
+    for near in (max(start, end - 4096), start):
+        if found := [m.end() - 1 for m in re.finditer(rb"\S[ \n]", buffer[near:end])]:
+            return near + found[-1]
     at = end
     while buffer[at] & 0xC0 == 0x80 and at > start + 1:  # a continuation byte of UTF-8
         at -= 1
@@ -476,21 +486,28 @@ def read_dataset(spec, column, state, path, **where):
 def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc_sep=None, shard_tokens=100_000_000,
             val_tokens=None, special=(EOT,), bpe_bytes=200_000_000, workers=None):
     """Tokenizes a source into a folder of shards, and returns the folder. Goes on where an earlier call was stopped."""
+    if doc_sep is not None:
+        doc_sep = doc_sep.replace("\\n", "\n")
+        if not doc_sep or not doc_sep.replace("\n", "").isprintable():
+            raise UserError("--doc_sep must be printable characters and newlines")
     src = open_source(source, column, doc_sep)
     out = out or os.path.join("data", src.name)
-    if shard_tokens < 1 or (val_tokens or 0) < 0:
-        raise UserError("--shard_tokens must be at least 1 and --val_tokens at least 0")
-    if EOT not in special:
-        raise UserError(f"--special must name {EOT}, which begins every document")
+    workers = os.cpu_count() or 1 if workers is None else workers
+    for name, value, low, high in (("shard_tokens", shard_tokens, 1, 2**31 - 1), ("val_tokens", val_tokens or 0, 0, 2**63),
+                                   ("bpe_bytes", bpe_bytes, 1, 2**63), ("workers", workers, 1, 1024)):
+        if not low <= value <= high:
+            raise UserError(f"--{name}={value} is not from {low} to {high:,}")
+    if EOT not in special or "" in special:
+        raise UserError(f"--special must name {EOT}, which begins every document, and no empty token")
     # val_tokens: the first tokens of the stream. By default a shard of a large source, else a tenth of the documents.
-    large = src.size is None or src.size > 80 * shard_tokens  # 20 shards, at 4 bytes a token
+    large = (src.tokens or (src.size or 0) / 4) > 20 * shard_tokens  # about 4 bytes a token
     val_tokens = shard_tokens if val_tokens is None and large else val_tokens
-    if not bpe_size(tokenizer):
-        get_tokenizer(tokenizer)  # a mistake in its name shows before anything is written
     settings = dict(version=1, source=source if src.size is None else os.path.basename(source), source_fingerprint=src.fingerprint,
                     tokenizer=tokenizer, column=column, doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens)
     if bpe_size(tokenizer):
         settings.update(special=list(special), bpe_bytes=bpe_bytes)
+    else:
+        settings.update(tokenizer_fingerprint=tokenizer_fingerprint(get_tokenizer(tokenizer)))
 
     try:
         os.makedirs(out, exist_ok=True)
@@ -502,9 +519,9 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
             say(f"{out} is complete: {count_line(manifest['shards'])}")
             return out
         progress = read_json(path(PROGRESS))
-        if progress and progress["shards"]:
+        if progress and (progress["shards"] or progress["settings"] == settings):
             check_settings(out, progress["settings"], settings)
-        elif strangers := [f for f in os.listdir(out) if f.endswith((".bin", ".npy"))]:
+        elif progress is None and (strangers := [f for f in os.listdir(out) if f.endswith((".bin", ".npy"))]):
             raise UserError(f"{out} already holds {strangers[0]}, which this command did not write; choose another --out")
         else:
             if os.path.exists(path(TOKENIZER)):
@@ -512,17 +529,14 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
             progress = dict(settings=settings, state=None, pieces=0, shards=[])
             write_json(path(PROGRESS), progress)
         enc, spec = prepare_tokenizer(src, tokenizer, special, bpe_bytes, path(TOKENIZER))
-        tokenize(src, enc, out, progress, workers or os.cpu_count() or 1)
-        splits = {s["split"] for s in progress["shards"]}
-        if not progress["shards"] or (val_tokens is None and "train" not in splits):
-            raise UserError(f"{source} holds too little text to divide into train and val" if splits else f"{source} holds no text")
+        tokenize(src, enc, out, progress, workers)
+        if not any(s["split"] == "train" for s in progress["shards"]):
+            raise UserError(f"{source} holds too little text to divide into train and val" if progress["shards"] else f"{source} holds no text")
         write_json(path(MANIFEST), dict(
             settings=settings, tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)),
             vocab_size=enc.n_vocab, eot=enc.eot_token, shards=progress["shards"]))
         os.remove(path(PROGRESS))
     except OSError as e:
-        if isinstance(e, ConnectionError):
-            raise
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
     say(f"{out}: {count_line(progress['shards'])}")
     return out
@@ -554,7 +568,7 @@ def first_bytes(src, limit):
             if limit <= 0:
                 return
             yield text
-            limit -= len(text)
+            limit -= len(text.encode("utf-8", "replace"))
 
 
 def tokenize(src, enc, out, progress, workers):
@@ -662,13 +676,17 @@ def clock(seconds):
 def say(line, again=False):
     """A line of news; `again` marks one that, on a terminal, the next line replaces."""
     if sys.stdout.isatty():
+        line = line[:shutil.get_terminal_size().columns - 1] if again else line  # a wrapped line could not be replaced
         print(f"\r\x1b[K{line}", end="" if again else "\n", flush=True)
     else:
         print(line, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """Complains in one line, and prints a script's docstring as it stands."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
         if m := re.match(r"unrecognized arguments: (--[\w-]+)", message):
@@ -678,29 +696,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def main():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--source", default="fineweb-edu", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], or .txt, .jsonl, .parquet files, 'dir/*.txt' (%(default)s)")
-    p.add_argument("--tokenizer", default="gpt2", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (%(default)s)")
+    p = Parser(prog="dataset.py", description=__doc__)
+    p.add_argument("--source", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], or .txt, .jsonl, .parquet files, 'dir/*.txt' (%(default)s)")
+    p.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (%(default)s)")
     p.add_argument("--out", help="folder for the shards (data/NAME)")
+    p.add_argument("--column", help="the column with the text, in tables (%(default)s)")
     p.add_argument("--doc_sep", help=r"what separates the documents of a text file, \n for a newline (blank lines)")
-    p.add_argument("--column", default="text", help="the column with the text, in tables (%(default)s)")
+    p.add_argument("--shard_tokens", type=integer, help="tokens a shard (%(default)s)")
     p.add_argument("--val_tokens", type=integer, help="the first tokens, kept for validation (the first shard of a large source, a tenth of the documents of a small one)")
-    p.add_argument("--shard_tokens", type=integer, default=100_000_000, help="tokens a shard (%(default)s)")
-    p.add_argument("--special", default=EOT, help="special tokens of bpe:N, separated by commas (%(default)s)")
-    p.add_argument("--bpe_bytes", type=integer, default=200_000_000, help="bpe:N is trained on this much of the source (%(default)s)")
-    p.add_argument("--workers", type=int, help="threads that tokenize (all cores)")
-    a = p.parse_args()
-    if a.doc_sep is not None:
-        a.doc_sep = a.doc_sep.replace("\\n", "\n")
-        if not a.doc_sep:
-            raise UserError("--doc_sep must not be empty")
-    prepare(a.source, a.tokenizer, a.out, a.column, a.doc_sep, a.shard_tokens, a.val_tokens, a.special.split(","), a.bpe_bytes, a.workers)
+    p.add_argument("--special", type=lambda text: text.split(","), help="special tokens of bpe:N, separated by commas")
+    p.add_argument("--bpe_bytes", type=integer, help="bpe:N is trained on this much of the source (%(default)s)")
+    p.add_argument("--workers", type=integer, help="threads that tokenize (all cores)")
+    p.set_defaults(**{k: v.default for k, v in inspect.signature(prepare).parameters.items()})
+    prepare(**vars(p.parse_args()))
 
 
 def integer(text):
     """"100_000", "1e8" -> int"""
     n = float(text)
-    if n != int(n):
+    if not n.is_integer():  # nor are inf and nan
         raise ValueError
     return int(n)
 

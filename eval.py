@@ -15,6 +15,7 @@ import torch
 
 import dataset
 import model as gpt
+from dataset import UserError
 
 
 @functools.lru_cache(maxsize=1)
@@ -47,7 +48,7 @@ def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p
 
 
 def main():
-    p = dataset.Parser(prog="eval.py", description=__doc__, allow_abbrev=False)
+    p = dataset.Parser(prog="eval.py", description=__doc__)
     p.add_argument("--ckpt", help="a checkpoint, a Hugging Face folder, or a name such as gpt2 (the newest of --out_dir)")
     p.add_argument("--out_dir", default=".", help="of the run whose newest checkpoint speaks (%(default)s)")
     p.add_argument("--prompt", default="", help="what the text begins with")
@@ -60,10 +61,11 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     a = p.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a letter
     for name, good in (("num_samples", a.num_samples >= 1), ("max_new_tokens", a.max_new_tokens >= 1), ("temperature", a.temperature >= 0),
                        ("top_k", a.top_k >= 0), ("top_p", 0 < a.top_p <= 1)):
         if not good:
-            raise dataset.UserError(f"--{name}={getattr(a, name)} is out of range")
+            raise UserError(f"--{name}={getattr(a, name)} is out of range")
     model, enc, about = open_speaker(a.ckpt, a.out_dir, a.device, a.dtype)
     print(about, file=sys.stderr)
     for i in range(a.num_samples):
@@ -76,7 +78,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (dataset.UserError, gpt.UserError) as e:
+    except (UserError, gpt.UserError) as e:
         sys.exit(f"eval.py: {e}")
     except KeyboardInterrupt:
         sys.exit("")

@@ -5,6 +5,7 @@ the measure used here, the average loss of an ending's tokens.
     python hellaswag.py                     # the newest checkpoint
     python hellaswag.py --ckpt gpt2 --data hellaswag_val.jsonl --limit 1000
 """
+import http.client
 import json
 import os
 import sys
@@ -15,52 +16,58 @@ from torch.nn import functional as F
 
 import dataset
 import model as gpt
+from dataset import UserError
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 10,042 examples
 
 
-def download(folder="data/hellaswag"):
-    """-> the path of the validation examples, fetched on first use"""
-    path = os.path.join(folder, os.path.basename(URL))
-    if not os.path.exists(path):
+PATH = "data/hellaswag/hellaswag_val.jsonl"
+
+
+def download():
+    """-> PATH, where the validation examples are fetched to on first use"""
+    if not os.path.exists(PATH):
         try:
             with urllib.request.urlopen(URL, timeout=30) as response:
                 raw = response.read()
-        except OSError as e:
-            raise dataset.UserError(f"cannot download HellaSwag ({getattr(e, 'reason', e)}); check the network, or name a local copy with --data FILE.jsonl") from None
-        os.makedirs(folder, exist_ok=True)
-        dataset.write_atomically(path, raw)
-    return path
+            os.makedirs(os.path.dirname(PATH), exist_ok=True)
+            dataset.write_atomically(PATH, raw)
+        except (OSError, http.client.HTTPException) as e:
+            raise UserError(f"cannot download HellaSwag ({getattr(e, 'reason', None) or e}); check the network, or put a copy at {PATH}") from None
+    return PATH
 
 
 def read_examples(path, limit=None):
     """-> a list of dicts with ctx, endings and label"""
-    examples = []
+    examples, number = [], 0
     try:
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 if limit and len(examples) == limit:
                     break
+                if not line.strip():
+                    continue
                 example = json.loads(line)
                 if not (isinstance(example["ctx"], str) and len(example["endings"]) == 4 and 0 <= int(example["label"]) < 4):
                     raise KeyError
                 examples.append(example)
     except OSError as e:
-        raise dataset.UserError(f"cannot read {path}: {e.strerror}") from None
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise dataset.UserError(f"{path}, line {number}: not a HellaSwag example with ctx, four endings and a label") from None
+        raise UserError(f"{path}, line {number}: not a HellaSwag example with ctx, four endings and a label") from None
     if not examples:
-        raise dataset.UserError(f"{path} holds no examples")
+        raise UserError(f"{path} holds no examples")
     return examples
 
 
-def render_example(example, enc):
+def render_example(example, enc, block_size=1024):
     """
     One example -> tokens (4, N), mask (4, N) that is 1 where a row's ending stands, and the right row. Rows share the context
-    and are padded with zeros. An ending follows its context after a space.
+    and are padded with zeros. An ending follows its context after a space. What is too long for block_size loses the
+    beginning of its context, and an ending longer than that its own end.
     """
-    context = enc.encode_ordinary(example["ctx"])
-    endings = [enc.encode_ordinary(" " + e) for e in example["endings"]]
+    endings = [enc.encode_ordinary(" " + e)[:block_size - 1] for e in example["endings"]]
+    context = enc.encode_ordinary(example["ctx"])[-(block_size - max(map(len, endings))):]
     N = len(context) + max(map(len, endings))
     tokens, mask = torch.zeros(4, N, dtype=torch.long), torch.zeros(4, N, dtype=torch.long)
     for row, ending in enumerate(endings):
@@ -78,9 +85,8 @@ def evaluate(model, enc, examples, rank=0, world_size=1, stop=lambda: False):
     for example in examples[rank::world_size]:
         if stop():
             break
-        tokens, mask, label = render_example(example, enc)
-        # What does not fit loses the beginning of its context.
-        tokens, mask = (t[:, -model.cfg.block_size:].to(device) for t in (tokens, mask))
+        tokens, mask, label = render_example(example, enc, model.cfg.block_size)
+        tokens, mask = tokens.to(device), mask.to(device)
         logits = model(tokens, tokens)[0]  # (4, N) -> (4, N, vocab)
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
         scored = mask[:, 1:]
@@ -91,7 +97,7 @@ def evaluate(model, enc, examples, rank=0, world_size=1, stop=lambda: False):
 
 
 def main():
-    p = dataset.Parser(prog="hellaswag.py", description=__doc__, allow_abbrev=False)
+    p = dataset.Parser(prog="hellaswag.py", description=__doc__)
     p.add_argument("--ckpt", help="a checkpoint, a Hugging Face folder, or a name such as gpt2 (the newest of --out_dir)")
     p.add_argument("--out_dir", default=".", help="of the run whose newest checkpoint is judged (%(default)s)")
     p.add_argument("--data", help="the examples, .jsonl (downloaded)")
@@ -99,6 +105,8 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     a = p.parse_args()
+    if a.limit is not None and a.limit < 1:
+        raise UserError(f"--limit={a.limit} must be at least 1")
     examples = read_examples(a.data or download(), a.limit)
     model, spec, about = gpt.open_model(a.ckpt, a.out_dir, a.device, a.dtype)
     enc = dataset.get_tokenizer(spec)
@@ -114,7 +122,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (dataset.UserError, gpt.UserError) as e:
+    except (UserError, gpt.UserError) as e:
         sys.exit(f"hellaswag.py: {e}")
     except KeyboardInterrupt:
         sys.exit("\nhellaswag.py: stopped")

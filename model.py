@@ -4,10 +4,12 @@ GPT-2 (Radford et al., 2019), with the few switches by which its descendants dif
 The defaults of GPTConfig are GPT-2 124M. Parameter names are those of Hugging Face and nanoGPT
 (transformer.wte.weight, transformer.h.0.attn.c_attn.weight, ...), so weights travel both ways.
 """
+import importlib.util
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -19,6 +21,7 @@ class UserError(Exception):
     """A mistake its user can mend: a script prints it as one line, without a traceback."""
 
 
+CHECKPOINT_VERSION = 1
 GPT2_TOKENS, GPT2_PADDED = 50257, 50304  # the vocabulary, and its next multiple of 128: faster
 
 
@@ -64,6 +67,7 @@ class GPTConfig:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
 
 
+HF_ACTIVATIONS = {"gelu_new": "gelu", "gelu": "gelu_erf", "relu2": "relu2"}
 CHOICES = {
     "pos": ("learned", "sinusoidal", "rotary"),
     "norm": ("layer", "rms"),
@@ -77,6 +81,7 @@ CONFIGS = {
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, bias=False, pos="rotary", norm="rms", act="relu2", qk_norm=True),
     "gpt-xs": dict(block_size=512),
     "custom-gpt": dict(n_head=10, n_embd=640, block_size=512, vocab_size=50000),
     "toygpt-small": dict(n_head=8, block_size=512, vocab_size=50257, pos="sinusoidal", head_bias=True),
@@ -162,15 +167,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
+        self.cfg = cfg
         self.ln_1 = make_norm(cfg)
         self.attn = CausalSelfAttention(cfg)
         self.ln_2 = make_norm(cfg)
         self.mlp = MLP(cfg)
-        self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rotary):
-        x = x + self.drop(self.attn(self.ln_1(x), rotary))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = x + F.dropout(self.attn(self.ln_1(x), rotary), self.cfg.dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.cfg.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -183,7 +188,6 @@ class GPT(nn.Module):
         if cfg.pos == "learned":
             self.transformer["wpe"] = nn.Embedding(cfg.block_size, C)
         self.transformer.update({
-            "drop": nn.Dropout(cfg.dropout),
             "h": nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
             "ln_f": make_norm(cfg),
         })
@@ -219,7 +223,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[:T]
         elif self.cfg.pos == "sinusoidal":
             x = x + self.sinusoids[:T]
-        x = self.transformer.drop(x)
+        x = F.dropout(x, self.cfg.dropout, self.training)
         rotary = self.rotary if self.cfg.pos == "rotary" else None
         for block in self.transformer.h:
             if self.grad_checkpoint and self.training:
@@ -298,10 +302,16 @@ class GPT(nn.Module):
         """GPT-2 weights of Hugging Face: a directory, or a name such as gpt2, gpt2-xl, owner/name."""
         folder = name if os.path.isdir(name) else download(name)
         config, weights = read_hugging_face(folder)
+        for key, value in {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                           "n_inner": None, "add_cross_attention": False}.items():
+            if config.get(key, value) != value and (key, config[key]) != ("n_inner", 4 * config["n_embd"]):
+                raise UserError(f"{name} has {key}={config[key]}, which is not GPT-2's {value}")
+        act = config.get("activation_function", "gelu_new")
+        if act not in HF_ACTIVATIONS:
+            raise UserError(f"{name} has activation_function={act}; known are {', '.join(HF_ACTIVATIONS)}")
         cfg = GPTConfig(
-            block_size=config["n_positions"], vocab_size=config["vocab_size"], n_layer=config["n_layer"],
-            n_head=config["n_head"], n_embd=config["n_embd"], tie_head=config.get("tie_word_embeddings", True),
-            act={"gelu_new": "gelu", "gelu": "gelu_erf", "relu2": "relu2"}[config.get("activation_function", "gelu_new")])
+            block_size=config["n_positions"], vocab_size=config["vocab_size"], n_layer=config["n_layer"], n_head=config["n_head"],
+            n_embd=config["n_embd"], tie_head=config.get("tie_word_embeddings", True), act=HF_ACTIVATIONS[act])
         model = cls(cfg)
         weights = {k if k.startswith(("transformer.", "lm_head.")) else "transformer." + k: v for k, v in weights.items()
                    if not k.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks, stored by old versions
@@ -326,7 +336,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_p is not None and top_p < 1:
         # keep the smallest set of tokens whose probability reaches top_p: drop those that come after it is reached
         ordered, order = probs.sort(dim=-1, descending=True)
-        ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0
+        ordered[:, 1:][(ordered.cumsum(dim=-1) - ordered)[:, 1:] >= top_p] = 0
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
     return torch.multinomial(probs, 1, generator=generator)
 
@@ -365,6 +375,7 @@ def pick_dtype(name, device):
 def load_weights(model, weights, source):
     """Copies a state dict into the model; any name or shape that does not fit is named."""
     own = model.state_dict()
+    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}  # DDP's, torch.compile's
     wrong = [f"{k} is missing" for k in own.keys() - weights.keys()]
     wrong += [f"{k} is left over" for k in weights.keys() - own.keys()]
     wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
@@ -378,8 +389,9 @@ def download(name):
     """The local folder of a Hugging Face model, fetched if need be."""
     from huggingface_hub import snapshot_download  # comes with datasets
     name = name if "/" in name else "openai-community/" + name
+    weights = "model.safetensors" if importlib.util.find_spec("safetensors") else "pytorch_model.bin"
     try:
-        return snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "pytorch_model.bin"])
+        return snapshot_download(name, allow_patterns=["config.json", weights])
     except Exception as e:  # a dozen types, from two libraries: no network, no such model, no permission
         raise UserError(f"cannot get {name} from the Hugging Face hub ({type(e).__name__}); "
                         "name a local directory with config.json and weights, or check the network") from None
@@ -387,30 +399,34 @@ def download(name):
 
 def read_hugging_face(folder):
     """-> config dict, {name: tensor}"""
-    paths = {name: os.path.join(folder, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")}
-    if not os.path.exists(paths["config.json"]):
+    config, safe, pickled = (os.path.join(folder, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin"))
+    if not os.path.exists(config):
         raise UserError(f"{folder} has no config.json; it is not a Hugging Face model")
-    with open(paths["config.json"]) as f:
-        config = json.load(f)
-    if config.get("model_type") != "gpt2":
-        raise UserError(f"{folder} holds a {config.get('model_type')} model; only gpt2 loads here")
-    if os.path.exists(paths["model.safetensors"]):
-        try:
-            from safetensors.torch import load_file
-            return config, load_file(paths["model.safetensors"])
-        except ImportError:
-            if not os.path.exists(paths["pytorch_model.bin"]):
-                raise UserError(f"{folder} is in safetensors format: pip install safetensors") from None
-    if not os.path.exists(paths["pytorch_model.bin"]):
+    use_safe = os.path.exists(safe) and (importlib.util.find_spec("safetensors") or not os.path.exists(pickled))
+    if not use_safe and not os.path.exists(pickled):
         raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-    return config, torch.load(paths["pytorch_model.bin"], map_location="cpu", weights_only=True)
+    if use_safe and not importlib.util.find_spec("safetensors"):
+        raise UserError(f"{folder} is in safetensors format: pip install safetensors")
+    try:
+        with open(config, encoding="utf-8") as f:
+            config = json.load(f)
+        if use_safe:
+            from safetensors.torch import load_file
+            return config, load_file(safe)
+        return config, torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as e:  # json's, safetensors' and torch's own errors for a file cut short
+        raise UserError(f"{folder} is damaged ({type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''})") from None
 
 
 def find_checkpoints(out_dir):
     """Checkpoints of a run, oldest first."""
     folder = os.path.join(out_dir, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [os.path.join(folder, n) for n in sorted(names) if n.startswith("model_") and n.endswith(".pt")]
+    return sorted((os.path.join(folder, n) for n in names if re.fullmatch(r"model_\d+\.pt", n)), key=checkpoint_step)
+
+
+def checkpoint_step(path):
+    return int(re.search(r"model_(\d+)\.pt$", path)[1])
 
 
 def read_checkpoint(path):
@@ -418,20 +434,21 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # what torch raises on a foreign file depends on its first bytes
         raise UserError(f"{path} is not a checkpoint, or is damaged ({type(e).__name__})") from None
-    if not isinstance(ckpt, dict) or "model_config" not in ckpt:
+    if not isinstance(ckpt, dict) or not {"version", "model", "model_config", "tokenizer", "step"} <= ckpt.keys():
         raise UserError(f"{path} is not a checkpoint of train.py")
+    if ckpt["version"] != CHECKPOINT_VERSION:
+        raise UserError(f"{path} is a checkpoint of version {ckpt['version']}; this program knows version {CHECKPOINT_VERSION}")
     return ckpt
 
 
 def load_checkpoint(path, device="cpu"):
     """-> the model, ready for use, and the rest of the checkpoint (step, tokenizer, training config, ...)."""
     ckpt = read_checkpoint(path)
-    known = {f.name for f in fields(GPTConfig)}
-    if unknown := set(ckpt["model_config"]) - known:
-        raise UserError(f"{path} was written by a newer version: it uses {', '.join(sorted(unknown))}")
+    if unknown := set(ckpt["model_config"]) - {f.name for f in fields(GPTConfig)}:
+        raise UserError(f"{path} was written by a newer program: it has {', '.join(sorted(unknown))}")
     model = GPT(GPTConfig(**ckpt["model_config"]))
     load_weights(model, ckpt.pop("model"), path)
     return model.to(device).eval(), ckpt

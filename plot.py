@@ -51,8 +51,9 @@ def smooth(values, span):
     """Exponential mean over about `span` values, unbiased at the beginning."""
     out, mean, weight, keep = [], 0.0, 0.0, 1 - 1 / max(1.0, span)
     for v in values:
-        mean, weight = keep * mean + (1 - keep) * v, keep * weight + (1 - keep)
-        out.append(mean / weight)
+        if v == v:  # not NaN
+            mean, weight = keep * mean + (1 - keep) * v, keep * weight + (1 - keep)
+        out.append(mean / weight if weight else v)
     return out
 
 
