@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -491,6 +492,39 @@ def test_a_preparation_killed_again_and_again_ends_in_the_same_bytes(tmp_path):
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
+def test_a_preparation_killed_before_its_first_save_goes_on(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(30)))
+    dataset.prepare(str(tmp_path / "t.txt"), "bpe:300", out=str(tmp_path / "d"))
+    whole = digest(tmp_path / "d")
+    settings = json.load(open(tmp_path / "d/meta.json"))["settings"]
+    os.remove(tmp_path / "d/meta.json")
+    (tmp_path / "d/progress.json").write_text(json.dumps(dict(settings=settings, state=None, pieces=0, shards=[])))
+    dataset.prepare(str(tmp_path / "t.txt"), "bpe:300", out=str(tmp_path / "d"))
+    assert digest(tmp_path / "d") == whole
+
+
+def test_a_shard_that_lost_bytes_is_not_filled_with_zeros(tmp_path):
+    dataset.write_shard(str(tmp_path / "train_000000.bin"), [7] * 50)
+    shard = dict(file="train_000000.bin", split="train", tokens=90, bytes=90, documents=1, crc32=0)
+    with pytest.raises(dataset.UserError, match="not as it was left"):
+        dataset.ShardWriter(str(tmp_path), 100, np.ones(256), 256, [shard])
+
+
+@pytest.mark.parametrize("tokens, val", [(None, 21), (1e9, 21), (10e9, 1000)], ids=["unknown size", "small", "large"])
+def test_a_hub_dataset_keeps_its_first_shard_or_a_tenth_for_validation(tmp_path, monkeypatch, tokens, val):
+    monkeypatch.setitem(dataset.SOURCES, "fake", dict(hub="a/b", tokens=tokens and tokens / 1e5))
+    monkeypatch.setattr(dataset, "read_dataset", lambda *a, **k: iter([([("x" * 20, True)] * 6000, None)]))
+    dataset.prepare("fake", "byte", out=str(tmp_path / "d"), shard_tokens=1000)
+    got = len(read_split(tmp_path / "d", "val"))
+    assert got == (1000 if val == 1000 else 21 * 600) and got + len(read_split(tmp_path / "d", "train")) == 21 * 6000
+
+
+def test_the_fingerprint_of_a_tokenizer_tells_ids_apart():
+    spec = lambda *merges: {"name": "bpe:259", "merges": [list(m) for m in merges], "special": [dataset.EOT]}
+    a, b = (dataset.get_tokenizer(spec(*m)) for m in (("ab", "cd"), ("cd", "ab")))
+    assert dataset.tokenizer_fingerprint(a) != dataset.tokenizer_fingerprint(b)
+
+
 def test_a_finished_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "t.txt").write_text("\n\n".join(stories(30)))
     dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"))
@@ -678,8 +712,8 @@ def test_a_run_killed_five_times_logs_the_losses_of_one_that_was_not(workspace, 
     assert records(out) == records(workspace / "runs" / name)
 
 
-def torchrun(n, *args, cwd):
-    return script("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone", here("train.py"), *args, cwd=cwd)
+def torchrun(n, *args, cwd, **env):
+    return script("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone", here("train.py"), *args, cwd=cwd, **env)
 
 
 NO_DROPOUT = [*FAST, "--dropout=0", "--max_steps=16"]
@@ -771,6 +805,56 @@ def test_init_from_begins_with_the_weights_of_a_checkpoint(workspace, tmp_path):
     r = script(here("train.py"), *FAST, "--init_from=runs/fp32/checkpoints/model_000030.pt", f"--out_dir={tmp_path}", "--max_steps=1", cwd=workspace)
     assert r.returncode == 0, r.stderr
     assert losses(tmp_path, "val")[0] == losses(workspace / "runs/fp32", "val")[-1]
+
+
+def test_init_from_takes_over_the_shape_and_new_dropout(workspace, tmp_path):
+    args = [a for a in FAST if not a.startswith(("--n_", "--block_size", "--dropout", "--total"))]
+    r = script(here("train.py"), *args, "--init_from=runs/fp32/checkpoints/model_000030.pt", "--total_batch_size=256", "--dropout=0.5", f"--out_dir={tmp_path}", "--max_steps=1", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    ckpt = gpt.read_checkpoint(str(tmp_path / "checkpoints/model_000001.pt"))
+    assert (ckpt["model_config"]["block_size"], ckpt["train_config"]["n_embd"], ckpt["model_config"]["dropout"]) == (32, 32, 0.5)
+
+
+def test_resuming_takes_new_settings_of_the_optimizer(workspace, tmp_path):
+    r = script(here("train.py"), "--resume=runs/fp32/checkpoints/model_000030.pt", "--max_steps=31", "--weight_decay=0.7", f"--out_dir={tmp_path}", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    groups = gpt.read_checkpoint(str(tmp_path / "checkpoints/model_000031.pt"))["optimizers"][0]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.7, 0.0]
+
+
+def test_two_processes_train_without_hellaswag_where_it_cannot_be_had(workspace, tmp_path):
+    r = torchrun(2, *FAST, f"--data={workspace}/data/t", "--hella_interval=2", "--max_steps=3", "--out_dir=o", cwd=tmp_path, https_proxy="http://127.0.0.1:9")
+    assert r.returncode == 0 and "no HellaSwag" in r.stdout and len(losses(tmp_path / "o")) == 3, r.stderr
+
+
+def test_hellaswag_is_scored_while_training(workspace, tmp_path):
+    (tmp_path / "data/hellaswag").mkdir(parents=True)
+    (tmp_path / hellaswag.PATH).write_text(json.dumps({"ctx": "A cat", "label": 1, "endings": ["sat", "is", "ran", "x"]}) + "\n")
+    r = torchrun(2, *FAST, f"--data={workspace}/data/t", "--hella_interval=2", "--max_steps=3", "--out_dir=o", cwd=tmp_path)
+    assert r.returncode == 0 and sorted(step for s, step in records(tmp_path / "o") if s == "hella") == [0, 2, 3], r.stderr
+
+
+def test_muon_trains_and_resumes_exactly(workspace, tmp_path):
+    go = [here("train.py"), *FAST, "--optimizer=muon", "--max_steps=6"]
+    assert script(*go, f"--out_dir={tmp_path}/whole", cwd=workspace).returncode == 0
+    r = script(*go, f"--resume={tmp_path}/whole/checkpoints/model_000004.pt", f"--out_dir={tmp_path}/rest", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    whole, rest = losses(tmp_path / "whole"), losses(tmp_path / "rest")
+    assert whole[-1] < whole[0] - 0.3 and rest == whole[4:]
+
+
+def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(workspace, tmp_path):
+    shutil.copytree(workspace / "runs/fp32/checkpoints", tmp_path / "checkpoints")
+    r = script(here("train.py"), f"--resume={tmp_path}/checkpoints/model_000028.pt", "--max_steps=29", f"--out_dir={tmp_path}", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    assert {"model_000029.pt", "model_000030.1.pt"} <= set(os.listdir(tmp_path / "checkpoints")) and gpt.find_checkpoints(str(tmp_path))[-1].endswith("29.pt")
+
+
+def test_checkpoints_are_ordered_by_step_not_by_letters(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("model_999000.pt", "model_1000000.pt", "model_1001000.pt.tmp", "notes.pt"):
+        (tmp_path / "checkpoints" / name).touch()
+    assert [os.path.basename(p) for p in gpt.find_checkpoints(str(tmp_path))] == ["model_999000.pt", "model_1000000.pt"]
 
 
 def test_llmc_shards_from_elsewhere_train(shards, tmp_path):
@@ -881,6 +965,12 @@ def test_hellaswag_equals_a_slow_loop_over_single_endings(tmp_path):
     assert tuple(map(sum, zip(*shares))) == hellaswag.evaluate(model, enc, examples)
 
 
+def test_a_long_hellaswag_example_loses_the_beginning_of_its_context():
+    enc = dataset.get_tokenizer("byte")
+    tokens, mask, _ = hellaswag.render_example({"ctx": "x" * 50 + "yz", "label": "0", "endings": ["a", "bc", "d" * 9, "e" * 40]}, enc, block_size=16)
+    assert tokens.shape == (4, 16) and (mask.sum(1) > 0).all() and enc.decode(tokens[0, :2].tolist()) == "z "
+
+
 def test_hellaswag_masks_exactly_the_endings():
     enc = dataset.get_tokenizer("byte")
     tokens, mask, label = hellaswag.render_example({"ctx": "A cat", "label": "2", "endings": ["sat.", "is", "ran off", "x"]}, enc)
@@ -953,6 +1043,10 @@ MISTAKES = {
     "a missing checkpoint": ([*T, "--resume=no.pt"], "there is no checkpoint no.pt"),
     "not a checkpoint": ([*T, "--resume=t.txt"], "t.txt is not a checkpoint"),
     "a checkpoint of another shape": ([*T, "--n_embd=64", "--resume", "--out_dir=runs/fp32"], "has n_embd=32, not 64"),
+    "fewer steps than are done": (["train.py", "--resume", "--out_dir=runs/fp32", "--max_steps=3"], "is at step 30, past max_steps=3"),
+    "another recipe on resume": (["train.py", "--resume", "--out_dir=runs/fp32", "--recipe=tiny"], "is of recipe gpt2, not tiny"),
+    "a validation shard with a foreign token": ([*T, "--data=data/foreign", "--vocab_size=50304"], "val_000000.bin: token 60000 at 3"),
+    "a manifest that is not ours": ([*T, "--data=data/manifest"], "is not one that this version of dataset.py wrote"),
     "a checkpoint of other data": (["train.py", "--resume", "--out_dir=runs/fp32", "--data=data/other"], "--new_data goes on all the same"),
     "weights that do not exist": ([*T, "--init_from=nowhere/"], "nowhere/"),
     "an unknown source": (["dataset.py", "--source=finweb"], "did you mean fineweb?"),
@@ -980,13 +1074,16 @@ MISTAKES = {
 @pytest.fixture(scope="session")
 def mistakes(workspace):
     """Makes every mistake, a few at a time.  -> {name: completed process}, and whether anything in the folder changed"""
-    for name in ("empty", "unfinished", "truncated", "magic", "short"):
+    for name in ("empty", "unfinished", "truncated", "magic", "short", "foreign", "manifest"):
         (workspace / "data" / name).mkdir()
     (workspace / "data/unfinished/progress.json").write_text("{}")
     dataset.write_shard(str(workspace / "data/truncated/train_000000.bin"), np.arange(2000) % 250)
     os.truncate(workspace / "data/truncated/train_000000.bin", 1024 + 2 * 1990)
     (workspace / "data/magic/train_000000.bin").write_bytes(b"\1" * 4000)
     dataset.write_shard(str(workspace / "data/short/train_000000.bin"), [1] * 20)
+    dataset.write_shard(str(workspace / "data/foreign/train_000000.bin"), [1] * 500)
+    dataset.write_shard(str(workspace / "data/foreign/val_000000.bin"), [1, 1, 1, 60000] + [1] * 100)
+    (workspace / "data/manifest/meta.json").write_text("{}")
     for name, raw in {"broken.json": b"{", "unknown.json": b'{"max_l": 1}', "empty.txt": b"", "blank.txt": b"\n\n \n\n", "binary.txt": bytes(range(256)) * 9,
                       "t.jsonl": b'{"story": "x"}\n', "broken.jsonl": b'{"text": "x"}\n{"text": \n'}.items():
         (workspace / name).write_bytes(raw)
