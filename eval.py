@@ -9,6 +9,8 @@ Says what a model has to say.
 """
 import codecs
 import functools
+import inspect
+import math
 import sys
 
 import torch
@@ -50,19 +52,21 @@ def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p
 def main():
     p = dataset.Parser(prog="eval.py", description=__doc__)
     p.add_argument("--ckpt", help="a checkpoint, a Hugging Face folder, or a name such as gpt2 (the newest of --out_dir)")
-    p.add_argument("--out_dir", default=".", help="of the run whose newest checkpoint speaks (%(default)s)")
-    p.add_argument("--prompt", default="", help="what the text begins with")
+    p.add_argument("--out_dir", help="of the run whose newest checkpoint speaks (%(default)s)")
+    p.add_argument("--prompt", help="what the text begins with")
     p.add_argument("--num_samples", type=int, default=1)
-    p.add_argument("--max_new_tokens", type=int, default=200)
-    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (%(default)s)")
-    p.add_argument("--top_k", type=int, default=50, help="choose among the k likeliest; 0: among all (%(default)s)")
-    p.add_argument("--top_p", type=float, default=1.0, help="choose among the likeliest that make up this probability (%(default)s)")
+    p.add_argument("--max_new_tokens", type=int, help="(%(default)s)")
+    p.add_argument("--temperature", type=float, help="0 takes the likeliest token each time (%(default)s)")
+    p.add_argument("--top_k", type=int, help="choose among the k likeliest; 0: among all (%(default)s)")
+    p.add_argument("--top_p", type=float, help="choose among the likeliest that make up this probability (%(default)s)")
     p.add_argument("--seed", type=int, help="for the same text again")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    p.add_argument("--device", help="auto, cuda, mps or cpu (%(default)s)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="(%(default)s)")
+    p.set_defaults(**{k: v.default for k, v in inspect.signature(generate_text).parameters.items()})
+    p.set_defaults(max_new_tokens=200)
     a = p.parse_args()
     sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a letter
-    for name, good in (("num_samples", a.num_samples >= 1), ("max_new_tokens", a.max_new_tokens >= 1), ("temperature", a.temperature >= 0),
+    for name, good in (("num_samples", a.num_samples >= 1), ("max_new_tokens", a.max_new_tokens >= 1), ("temperature", 0 <= a.temperature < math.inf),
                        ("top_k", a.top_k >= 0), ("top_p", 0 < a.top_p <= 1)):
         if not good:
             raise UserError(f"--{name}={getattr(a, name)} is out of range")

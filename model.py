@@ -28,7 +28,7 @@ GPT2_TOKENS, GPT2_PADDED = 50257, 50304  # the vocabulary, and its next multiple
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # T: how many tokens the model sees at once
-    vocab_size: int = GPT2_PADDED  # rows of the embedding
+    vocab_size: int = GPT2_PADDED  # rows of the embedding; for train.py 0 is the tokenizer's size, rounded up to a multiple of 128
     n_tokens: int = 0  # ids in use; the rows above them are padding and never sampled (0: all rows, or GPT-2's)
     n_layer: int = 12
     n_head: int = 12

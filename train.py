@@ -99,7 +99,7 @@ bench = 0  # measure this many steps on random tokens, print one line of JSON, a
 HERE = os.path.dirname(os.path.abspath(__file__))
 SETTINGS = {k: v for k, v in globals().items() if k.islower() and k[0] != "_" and isinstance(v, (bool, int, float, str))}
 SHAPE = {f.name: f.default for f in dataclasses.fields(GPTConfig) if f.name != "n_tokens"}
-SHAPE["vocab_size"] = 0  # here 0 is the tokenizer's size, rounded up to a multiple of 128
+SHAPE["vocab_size"] = 0
 SETTINGS.update(SHAPE)
 
 ALLOWED = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
