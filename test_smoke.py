@@ -1054,7 +1054,7 @@ MISTAKES = {
     "a pattern without files": (["dataset.py", "--source=*.nothing"], "no file matches"),
     "a folder as a source": (["dataset.py", "--source=data"], "data is a folder"),
     "an empty file": (["dataset.py", "--source=empty.txt"], "empty.txt is empty"),
-    "a binary file as text": (["dataset.py", "--source=binary.txt"], "binary.txt is not UTF-8 text"),
+    "a binary file as text": (["dataset.py", "--source=binary.txt", "--tokenizer=byte", "--out=data/new"], "binary.txt is not UTF-8 text"),
     "a blank text": (["dataset.py", "--source=blank.txt", "--tokenizer=byte"], "holds no text"),
     "a tokenizer that does not exist": (["dataset.py", "--source=t.txt", "--tokenizer=gpt3", "--out=data/new"], "there is no tokenizer 'gpt3'"),
     "a tokenizer too large for uint16": (["dataset.py", "--source=t.txt", "--tokenizer=bpe:70000", "--out=data/new"], "from 258 to 65536"),
