@@ -13,19 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from dataset import MANIFEST, PROGRESS, UserError, read_json, read_shard
+from dataset import MANIFEST, MANIFEST_VERSION, PROGRESS, UserError, read_json, read_shard
 
 
 class DataLoader:
     def __init__(self, data, split, B, T, rank=0, world_size=1, seed=0, stride=None, vocab_size=None, device="cpu"):
         self.B, self.T, self.rank, self.world_size, self.seed = B, T, rank, world_size, seed
         self.stride, self.device = stride or T, torch.device(device)
-        self.paths, self.manifest = find_shards(data, split)
+        self.paths, lengths, self.manifest = find_shards(data, split)
         self.vocab_size = vocab_size or (self.manifest or {}).get("vocab_size")
         self.shards = [read_shard(p) for p in self.paths]
-        for path, tokens, said in zip(self.paths, self.shards, [s["tokens"] for s in self.manifest["shards"] if s["split"] == split] if self.manifest else ()):
-            if len(tokens) != said:
-                raise UserError(f"{path} has {len(tokens):,} tokens, {MANIFEST} says {said:,}; prepare the data again")
+        for path, tokens, n in zip(self.paths, self.shards, lengths):
+            if len(tokens) != n:
+                raise UserError(f"{path} has {len(tokens):,} tokens, {MANIFEST} says {n:,}; prepare the data again")
         self.ends = np.cumsum([len(s) for s in self.shards]).tolist()  # where each shard ends in the stream
         self.n_tokens = self.ends[-1]
         self.n_windows = max(0, (self.n_tokens - T - 1) // self.stride + 1)
@@ -111,7 +111,7 @@ def permute(index, n, seed, epoch):
 
 
 def find_shards(data, split):
-    """-> the paths of a split's shards, and the manifest, None for a folder of other people's shards"""
+    """-> the paths of a split's shards, the tokens each should hold, and the manifest; not the last two for other people's shards"""
     if not os.path.isdir(data):
         raise UserError(f"there is no data folder {data}; make it with: python dataset.py --source=... --out={data}")
     manifest = read_json(os.path.join(data, MANIFEST))
@@ -121,10 +121,10 @@ def find_shards(data, split):
         names = sorted(n for n in os.listdir(data) if split in n and n.endswith((".bin", ".npy")))
         if not names:
             raise UserError(f"{data} has no *{split}*.bin or *{split}*.npy shards")
-    else:
-        if not isinstance(manifest, dict) or manifest.get("settings", {}).get("version") != 1:
-            raise UserError(f"{os.path.join(data, MANIFEST)} is not one that this version of dataset.py wrote")
-        names = [s["file"] for s in manifest["shards"] if s["split"] == split]
-        if not names:
-            raise UserError(f"{data} has no {split} split")
-    return [os.path.join(data, n) for n in names], manifest
+        return [os.path.join(data, n) for n in names], [], None
+    if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
+        raise UserError(f"{os.path.join(data, MANIFEST)} is not one that this version of dataset.py wrote")
+    shards = [s for s in manifest["shards"] if s["split"] == split]
+    if not shards:
+        raise UserError(f"{data} has no {split} split")
+    return [os.path.join(data, s["file"]) for s in shards], [s["tokens"] for s in shards], manifest

@@ -35,6 +35,7 @@ EOT = "<|endoftext|>"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 MANIFEST, PROGRESS, TOKENIZER = "meta.json", "progress.json", "tokenizer.json"
+MANIFEST_VERSION = 1
 
 # Named sources: `hub` and `config` name a Hugging Face dataset; `tokens` is about what it holds, for the time left.
 SOURCES = {
@@ -502,7 +503,7 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
     # val_tokens: the first tokens of the stream. By default a shard of a large source, else a tenth of the documents.
     large = (src.tokens or (src.size or 0) / 4) > 20 * shard_tokens  # about 4 bytes a token
     val_tokens = shard_tokens if val_tokens is None and large else val_tokens
-    settings = dict(version=1, source=source if src.size is None else os.path.basename(source), source_fingerprint=src.fingerprint,
+    settings = dict(source=source if src.size is None else os.path.basename(source), source_fingerprint=src.fingerprint,
                     tokenizer=tokenizer, column=column, doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens)
     if bpe_size(tokenizer):
         settings.update(special=list(special), bpe_bytes=bpe_bytes)
@@ -533,8 +534,8 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
         if not any(s["split"] == "train" for s in progress["shards"]):
             raise UserError(f"{source} holds too little text to divide into train and val" if progress["shards"] else f"{source} holds no text")
         write_json(path(MANIFEST), dict(
-            settings=settings, tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)),
-            vocab_size=enc.n_vocab, eot=enc.eot_token, shards=progress["shards"]))
+            version=MANIFEST_VERSION, source=settings["source"], settings=settings,
+            tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)), vocab_size=enc.n_vocab, eot=enc.eot_token, shards=progress["shards"]))
         os.remove(path(PROGRESS))
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
@@ -640,7 +641,8 @@ def report(src, shards, done, seconds):
     rate = (tokens - done) / seconds
     share = n_bytes / src.size if src.size else tokens / src.tokens if src.tokens else None
     left = tokens / share - tokens if share else None
-    say(f"{tokens:,} tokens, {rate:,.0f} tokens/s" + (f", {min(share, 1):.0%}, {clock(max(left, 0) / rate)} left" if left is not None and rate else ""), again=True)
+    ahead = f", {min(share, 1):.0%}, {clock(max(left, 0) / rate)} left" if share and rate else ""
+    say(f"{tokens:,} tokens, {rate:,.0f} tokens/s{ahead}", again=True)
 
 
 def check_settings(out, old, new):
@@ -703,7 +705,8 @@ def main():
     p.add_argument("--column", help="the column with the text, in tables (%(default)s)")
     p.add_argument("--doc_sep", help=r"what separates the documents of a text file, \n for a newline (blank lines)")
     p.add_argument("--shard_tokens", type=integer, help="tokens a shard (%(default)s)")
-    p.add_argument("--val_tokens", type=integer, help="the first tokens, kept for validation (the first shard of a large source, a tenth of the documents of a small one)")
+    p.add_argument("--val_tokens", type=integer, help="the first tokens, kept for validation "
+                   "(the first shard of a large source, a tenth of the documents of a small one)")
     p.add_argument("--special", type=lambda text: text.split(","), help="special tokens of bpe:N, separated by commas")
     p.add_argument("--bpe_bytes", type=integer, help="bpe:N is trained on this much of the source (%(default)s)")
     p.add_argument("--workers", type=integer, help="threads that tokenize (all cores)")

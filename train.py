@@ -104,15 +104,17 @@ SETTINGS.update(SHAPE)
 
 ALLOWED = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
            "compile": ("auto", "true", "false"), **gpt.CHOICES}
+OF_ONE_START = ("config", "init_from", "resume", "new_data", "dry_run", "bench")  # not of a run, and so not in checkpoints
 AT_LEAST_ONE = ("total_batch_size", "keep", "val_tokens", "block_size", "n_layer", "n_head", "n_embd")
 
 RECIPES = {
     "gpt2": {},
     "gpt-xs": dict(**CONFIGS["gpt-xs"]),
     "gpt2-custom": dict(data="data/fineweb", warmup_steps=768),
-    **{name: dict(**CONFIGS[name], data="data/tinystories", total_batch_size=8 * CONFIGS[name]["block_size"], max_lr=5e-4, epochs=20, val_interval=5000,
-                  val_tokens=500_000, ckpt_interval=5000, sample_interval=5000, sample_prompt="Once upon a time", hella_interval=0, log_interval=100)
-       for name in ("tinystories", "tinystories-small", "tinystories-large")},
+    **{name: dict(
+        **CONFIGS[name], data="data/tinystories", total_batch_size=8 * CONFIGS[name]["block_size"], max_lr=5e-4, epochs=20,
+        val_interval=5000, val_tokens=500_000, ckpt_interval=5000, sample_interval=5000, sample_prompt="Once upon a time",
+        hella_interval=0, log_interval=100) for name in ("tinystories", "tinystories-small", "tinystories-large")},
     # A modern shape learns in two minutes what GPT-2's takes far longer for (on input.txt, at equal time: 1.52 against 1.74 bits a byte).
     "tiny": dict(
         **CONFIGS["tiny"], data=os.path.join(HERE, "input.txt"), tokenizer="bpe:4096", total_batch_size=4 * 256, max_steps=1100,
@@ -121,8 +123,9 @@ RECIPES = {
 }
 
 # Dense bf16 (fp16 before Ampere) TFLOP/s with fp32 sums, from the makers' data sheets.
-PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
-               "A10G": 70, "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71}
+PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
+               "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
+               "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71}
 
 
 # -- settings: globals < recipe < config file < command line
@@ -278,7 +281,8 @@ def divide_batch(world_size):
     if total_batch_size % unit:
         low = total_batch_size // unit * unit
         near = f"{low:,} or {low + unit:,}" if low else f"{unit:,}"
-        raise UserError(f"total_batch_size={total_batch_size:,} is not a multiple of block_size x processes = {block_size} x {world_size}; use {near}")
+        raise UserError(f"total_batch_size={total_batch_size:,} is not a multiple of block_size x processes = "
+                        f"{block_size} x {world_size}; use {near}")
     sequences = total_batch_size // unit
     if micro_batch and sequences % micro_batch:
         raise UserError(f"micro_batch={micro_batch} does not divide the {sequences} sequences a process takes in a step; "
@@ -317,8 +321,9 @@ def open_data(is_first, wait):
         return data
     if not os.path.isfile(data):
         source = os.path.basename(data)
-        hint = f"make it with: python dataset.py --source={source}" if source in dataset.SOURCES else "name a folder that dataset.py wrote, or a text file"
-        raise UserError(f"there is no data {data}; {hint}" + ("; or try --recipe=tiny, which needs no data" if recipe == "gpt2" else ""))
+        raise UserError(f"there is no data {data}; " + (
+            f"make it with: python dataset.py --source={source}; or try --recipe=tiny, which needs none" if source in dataset.SOURCES
+            else "name a folder that dataset.py wrote, or a text file"))
     if is_first:
         dataset.prepare(data, tokenizer, out=text_folder())
     wait()
@@ -418,7 +423,8 @@ def fit(model, device, autocast, sequences, used, first):
             if fast is model:
                 raise
             if first:
-                print(f"compile: not here ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:100]}); training goes on without", flush=True)
+                why = (str(e).strip().splitlines() or [""])[0][:100]
+                print(f"compile: not here ({type(e).__name__}: {why}); training goes on without", flush=True)
             fast, compiled = model, False
             torch._dynamo.reset()
         finally:
@@ -637,8 +643,9 @@ def main():
         raise UserError("the processes found different checkpoints; out_dir must be the same folder for all of them")
     if first and not bench:
         log = open_log(resuming, step0)
-        log.write("# " + json.dumps({"recipe": recipe, "step": step0, "world_size": world_size, "micro_batch": B, "device": where.type, "dtype": amp_name,
-                                     "parameters": n_parameters, "config": {k: globals()[k] for k in SETTINGS}}) + "\n")
+        log.write("# " + json.dumps({
+            "recipe": recipe, "step": step0, "world_size": world_size, "micro_batch": B, "device": where.type, "dtype": amp_name,
+            "parameters": n_parameters, "config": {k: globals()[k] for k in SETTINGS}}) + "\n")
         print(f"micro-batch {B} x {accumulate} a step; log and checkpoints in {os.path.abspath(out_dir)}"
               + (f"; from step {step0}" if step0 else ""), flush=True)
 
@@ -666,7 +673,8 @@ def main():
         loss, bpb = nats / tokens, nats / math.log(2) / n_bytes if n_bytes else math.nan
         last_val.update(step=step, val=loss)
         if first:
-            record(step, "val", loss, f"step {step}/{max_steps} | validation loss {loss:.4f} nats a token, {bpb:.4f} bits a byte", bpb=f"{bpb:.6f}", tokens=int(tokens))
+            record(step, "val", loss, f"step {step}/{max_steps} | validation loss {loss:.4f} nats a token, {bpb:.4f} bits a byte",
+                   bpb=f"{bpb:.6f}", tokens=int(tokens))
         return True
 
     def judge(step):
@@ -699,7 +707,7 @@ def main():
                 "version": gpt.CHECKPOINT_VERSION, "step": step, "evaluated": evaluated, "model": raw.state_dict(),
                 "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(), "rng": states,
                 "loader": loader.state_dict(), "micro_batch": B, "model_config": dataclasses.asdict(raw.cfg),
-                "train_config": {k: globals()[k] for k in SETTINGS if k not in ("config", "init_from", "resume", "new_data", "dry_run", "bench")},
+                "train_config": {k: globals()[k] for k in SETTINGS if k not in OF_ONE_START},
                 "tokenizer": spec, "data_fingerprint": fingerprint, "best": best,
                 "totals": {**totals, "tokens": step * total_batch_size, "flops": step * total_batch_size * flops_per_token}}, best)
             dataset.say(f"step {step}/{max_steps} | saved {path}")
@@ -786,11 +794,14 @@ def main():
         ms = statistics.median(times[len(times) // 3:]) * 1000
         rate = total_batch_size / ms * 1000
         mfu = rate * flops_per_token / world_size / peak / 1e12 if peak else None
-        print(json.dumps({"tok_s": round(rate), "ms": round(ms, 2), "mfu": mfu and round(mfu, 4), "peak_tflops": peak, "mem_gb": round(peak_memory_gb(where), 2),
-                          "world_size": world_size, "micro_batch": B, "dtype": amp_name, "parameters": n_parameters}))
+        print(json.dumps({
+            "tok_s": round(rate), "ms": round(ms, 2), "mfu": mfu and round(mfu, 4), "peak_tflops": peak,
+            "mem_gb": round(peak_memory_gb(where), 2), "world_size": world_size, "micro_batch": B, "dtype": amp_name,
+            "parameters": n_parameters}))
     elif first and not bench:
         log.close()
-        dataset.say(f"{'stopped' if stop else 'done'} at step {step}: {totals['seconds'] / 60:.1f} minutes of training" + (f", ${totals['usd']:.2f}" if usd_per_gpu_hour else ""))
+        cost = f", ${totals['usd']:.2f}" if usd_per_gpu_hour else ""
+        dataset.say(f"{'stopped' if stop else 'done'} at step {step}: {totals['seconds'] / 60:.1f} minutes of training{cost}")
     if world_size > 1:
         dist.destroy_process_group()
     return 128 + stop_signal if stop_signal else 0
