@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from dataset import MANIFEST, MANIFEST_VERSION, PROGRESS, UserError, read_json, read_shard
+from dataset import MANIFEST, PROGRESS, UserError, read_manifest, read_shard
 
 
 class DataLoader:
@@ -114,7 +114,7 @@ def find_shards(data, split):
     """-> the paths of a split's shards, the tokens each should hold, and the manifest; not the last two for other people's shards"""
     if not os.path.isdir(data):
         raise UserError(f"there is no data folder {data}; make it with: python dataset.py --source=... --out={data}")
-    manifest = read_json(os.path.join(data, MANIFEST))
+    manifest = read_manifest(data)
     if manifest is None:
         if os.path.exists(os.path.join(data, PROGRESS)):
             raise UserError(f"{data} is unfinished; run its python dataset.py command again to complete it")
@@ -122,8 +122,6 @@ def find_shards(data, split):
         if not names:
             raise UserError(f"{data} has no *{split}*.bin or *{split}*.npy shards")
         return [os.path.join(data, n) for n in names], [], None
-    if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
-        raise UserError(f"{os.path.join(data, MANIFEST)} is not one that this version of dataset.py wrote")
     shards = [s for s in manifest["shards"] if s["split"] == split]
     if not shards:
         raise UserError(f"{data} has no {split} split")

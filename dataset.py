@@ -513,7 +513,7 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
     try:
         os.makedirs(out, exist_ok=True)
         path = lambda name: os.path.join(out, name)
-        if (manifest := read_json(path(MANIFEST))) is not None:
+        if (manifest := read_manifest(out)) is not None:
             check_settings(out, manifest["settings"], settings)
             if os.path.exists(path(PROGRESS)):
                 os.remove(path(PROGRESS))
@@ -662,6 +662,14 @@ def read_json(path):
         return None
     except ValueError:
         raise UserError(f"{path} is damaged; remove its folder and prepare the data again") from None
+
+
+def read_manifest(folder):
+    """None where the folder has none: it is unfinished, or other people's."""
+    manifest = read_json(os.path.join(folder, MANIFEST))
+    if manifest is not None and (not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION):
+        raise UserError(f"{os.path.join(folder, MANIFEST)} is not one that this version of dataset.py wrote; prepare the data again")
+    return manifest
 
 
 def count_line(shards):

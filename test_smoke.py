@@ -634,7 +634,7 @@ def test_numpy_shards_load(shards, tmp_path):
 def test_resident_memory_stays_flat_while_shards_are_read(tmp_path):
     dataset.write_shard(str(tmp_path / "train_000000.bin"), np.zeros(50_000_000, dtype=np.uint16))
     loader = DataLoader(str(tmp_path), "train", 64, 1024)
-    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    resident = lambda: int(open("/proc/self/statm").read().split()[2]) * os.sysconf("SC_PAGE_SIZE")  # pages of files
     loader.next_batch()
     before = resident()
     for _ in range(loader.n_windows // 64):

@@ -376,7 +376,7 @@ def new_model(n_tokens):
 
 def expected_tokens(folder):
     """The size of the vocabulary, without the data."""
-    manifest = dataset.read_json(os.path.join(folder, dataset.MANIFEST))
+    manifest = dataset.read_manifest(folder)
     return manifest["vocab_size"] if manifest else {"gpt2": gpt.GPT2_TOKENS, "byte": 257}.get(tokenizer) or \
         dataset.bpe_size(tokenizer) or dataset.get_tokenizer(tokenizer).n_vocab
 
@@ -495,7 +495,7 @@ def describe(model, world_size, sequences, n_windows, where):
 def plan(world_size, sequences, model):
     """--dry_run: the same, without weights, data or device."""
     folder = data if os.path.isdir(data) else text_folder()
-    known = os.path.exists(os.path.join(folder, dataset.MANIFEST))
+    known = dataset.read_manifest(folder) is not None
     n_windows = DataLoader(folder, "train", 1, block_size, stride=stride).n_windows if known else 0
     set_steps(n_windows, sequences * world_size)
     with torch.device("meta"):
