@@ -360,7 +360,8 @@ def test_gpt2_tokens_of_real_text_equal_tiktokens_own(tmp_path):
 
 
 @needs_gpt2
-def test_a_text_in_one_piece_has_tiktokens_own_tokens_though_it_is_cut(tmp_path):
+def test_a_text_in_one_piece_has_tiktokens_own_tokens_though_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "BATCH_BYTES", 1)  # every piece is encoded on its own
     text = "\n".join(stories(300)) + "".join(random.Random(0).choices(" \nab1'.é", k=5000))
     text = re.sub(r"\n\s+", "\n", text).strip("\n")
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
@@ -635,7 +636,6 @@ def test_resident_memory_stays_flat_while_shards_are_read(tmp_path):
     dataset.write_shard(str(tmp_path / "train_000000.bin"), np.zeros(50_000_000, dtype=np.uint16))
     loader = DataLoader(str(tmp_path), "train", 64, 1024)
     resident = lambda: int(open("/proc/self/statm").read().split()[2]) * os.sysconf("SC_PAGE_SIZE")  # pages of files
-    loader.next_batch()
     before = resident()
     for _ in range(loader.n_windows // 64):
         loader.next_batch()
