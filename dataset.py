@@ -15,6 +15,7 @@ import hashlib
 import heapq
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -461,7 +462,8 @@ def read_dataset(spec, column, state, path, **where):
     """Rows of a Hugging Face dataset, from the hub or from local files, as a stream."""
     import datasets
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what goes wrong is said below
     try:
         ds = datasets.load_dataset(path, split="train", streaming=True, **where)
         if state:

@@ -457,11 +457,12 @@ def test_tables_are_read_as_documents(tmp_path, kind):
     assert read_split(tmp_path / "d", "train") == slow_tokens(dataset.get_tokenizer("byte"), [t for t in texts if t])
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "long", "jsonl", "parquet"])
 def test_a_source_goes_on_from_any_state(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(dataset, "BATCH_BYTES", 10_000)
     tables(tmp_path, stories(900))
     (tmp_path / "t.txt").write_text("\n\n".join(stories(900)))
+    (tmp_path / "t.long").write_text("\n".join(stories(500)) + "\n\n" + " é".join(stories(400)), encoding="utf-8")
     source = dataset.open_source(str(tmp_path / f"t.{kind}"))
     batches = [(pieces, json.loads(json.dumps(state))) for pieces, state in source.read(None)]
     assert len(batches) > 3
