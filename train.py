@@ -614,7 +614,7 @@ def main():
         smallest = torch.tensor(B, device=where)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         B = int(smallest)
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     accumulate = sequences // B
     optimizers = make_optimizers(raw, where)
     if bench:
@@ -802,9 +802,14 @@ def main():
         log.close()
         cost = f", ${totals['usd']:.2f}" if usd_per_gpu_hour else ""
         dataset.say(f"{'stopped' if stop else 'done'} at step {step}: {totals['seconds'] / 60:.1f} minutes of training{cost}")
+    code = 128 + stop_signal if stop_signal else 0
     if world_size > 1:
+        wait()  # for the process that saves
         dist.destroy_process_group()
-    return 128 + stop_signal if stop_signal else 0
+        # A thread of the process group that outlives Python's lock aborts the process (one exit in thirty, on gloo).
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":
