@@ -699,8 +699,13 @@ def test_a_run_killed_five_times_logs_the_losses_of_one_that_was_not(workspace, 
             time.sleep(0.005)
         half_written = lambda: any(e.name.endswith(".tmp") for e in os.scandir(out / "checkpoints"))
         if kill_at == 7:
-            while not half_written() and p.poll() is None:
-                pass
+            while p.poll() is None:
+                if half_written():
+                    p.send_signal(signal.SIGSTOP)
+                    time.sleep(0.01)
+                    if half_written():  # still, and nothing moves any more
+                        break
+                    p.send_signal(signal.SIGCONT)
         else:
             time.sleep(rng.random() * 0.03)
         assert p.poll() is None, f"the run ended before it could be killed after step {kill_at}"
