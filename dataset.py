@@ -3,6 +3,7 @@ Text in, token shards out.
 
     python dataset.py                                          # FineWeb-Edu sample-10BT -> data/fineweb-edu/
     python dataset.py --source=book.txt --tokenizer=bpe:4096   # your own text, your own tokenizer -> data/book/
+    python dataset.py --source=a.jsonl,b.txt --weights=3,1     # a mix of documents, three tokens of a to one of b
 
 A shard is a file in the format of llm.c: 256 little-endian int32 (magic, version, token count, zeros), then the
 tokens as uint16. Every document begins with the end-of-text token; text is encoded with special tokens off.
@@ -13,7 +14,9 @@ import difflib
 import glob
 import hashlib
 import heapq
+import http.client
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -23,6 +26,7 @@ import struct
 import sys
 import threading
 import time
+import urllib.request
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -38,12 +42,20 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 MANIFEST, PROGRESS, TOKENIZER = "meta.json", "progress.json", "tokenizer.json"
 MANIFEST_VERSION = 1
 
-# Named sources: `hub` and `config` name a Hugging Face dataset; `tokens` is about what it holds, for the time left.
+# Named sources: a Hugging Face dataset (`hub`, `config`, `revision`), a text file (`url`), or a `mix` of others by their
+# weights in tokens. `tokens` is about what it holds, for the time left. The rest are defaults for prepare's options.
 SOURCES = {
     "fineweb-edu": dict(hub="HuggingFaceFW/fineweb-edu", config="sample-10BT", tokens=10e9),
     "fineweb": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", tokens=10e9),
+    "custom-gpt": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", tokens=550e6, max_bytes=2_500_000_000, splits="99/1",
+                       tokenizer="bpe:50000", special=(EOT, "<|pad|>", "<|user|>", "<|assistant|>")),
     "tinystories": dict(hub="roneneldan/TinyStories", tokens=470e6),
-    "wikisource": dict(hub="wikimedia/wikisource", config="20231201.en"),
+    "wikisource": dict(hub="wikimedia/wikisource", config="20231201.en", tokens=500e6),
+    # This one is a script, which datasets 4 and later do not run: the tables the hub made of it are read.
+    "redpajama-sample": dict(hub="togethercomputer/RedPajama-Data-1T-Sample", revision="refs/convert/parquet", tokens=1e9),
+    "toygpt": dict(mix={"wikisource": 1, "redpajama-sample": 2}, tokens=1.53e9, splits="98/1/1"),
+    "shakespeare": dict(url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                        doc_sep=EOT),  # one document: its blank lines divide speeches
 }
 
 
@@ -315,10 +327,12 @@ class ShardWriter:
 @dataclass
 class Source:
     name: str  # of the folder below data/
+    label: str  # what the manifest calls it
     read: Callable  # state or None -> iterator of (pieces, next state)
     size: int | None = None  # bytes, for local files
     tokens: float | None = None  # about how many it holds, for the time left
     fingerprint: str | None = None  # of local files: another text is noticed
+    weight: float = 1.0  # in a mix
 
 
 BATCH_BYTES = 1 << 20  # of text that a thread encodes at a time
@@ -326,16 +340,32 @@ PIECE_BYTES = 1 << 20  # of a document that is read at a time
 SAVE_SECONDS = 2  # between progress files
 
 
+def open_sources(spec, weights=None, column="text", doc_sep=None):
+    """"wikisource" -> [Source]; "toygpt" or "a.txt,b.jsonl" -> several, to be mixed by their weights"""
+    mix = SOURCES.get(spec, {}).get("mix", {})
+    names = list(mix) or ([spec] if os.path.exists(spec) else spec.split(","))
+    weights = weights or list(mix.values()) or [1.0] * len(names)
+    if len(weights) != len(names) or min(weights) <= 0:
+        raise UserError(f"--weights must be {len(names)} numbers above zero, one for each of {', '.join(names)}")
+    sources = [open_source(name, column, doc_sep) for name in names]
+    for source, weight in zip(sources, weights):
+        source.weight = weight
+    return sources
+
+
 def open_source(spec, column="text", doc_sep=None):
-    row = SOURCES.get(spec)
-    if row or spec.startswith("hf:"):
+    row = SOURCES.get(spec, {})
+    if "hub" in row or spec.startswith("hf:"):
         if not row:
             hub, _, config = spec[3:].partition(":")
             if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub):
                 raise UserError(f"source {spec}: a Hugging Face dataset is written hf:owner/name or hf:owner/name:config")
             row = dict(hub=hub, config=config or None)
-        read = lambda state: read_dataset(spec, column, state, path=row["hub"], name=row.get("config"))
-        return Source(spec if spec in SOURCES else re.sub(r"\W+", "-", row["hub"].split("/")[-1].lower()), read, tokens=row.get("tokens"))
+        where = dict(path=row["hub"], name=row.get("config"), revision=row.get("revision"))
+        name = spec if spec in SOURCES else re.sub(r"\W+", "-", row["hub"].split("/")[-1].lower())
+        return Source(name, spec, lambda state: read_dataset(spec, column, state, **where), tokens=row.get("tokens"))
+    if "url" in row:
+        spec = fetch(row["url"], os.path.join("data", spec + ".txt"))
 
     paths = sorted(glob.glob(spec, recursive=True)) if glob.has_magic(spec) and not os.path.exists(spec) else [spec]
     paths = [p for p in paths if not os.path.isdir(p)] if len(paths) > 1 else paths
@@ -367,7 +397,20 @@ def open_source(spec, column="text", doc_sep=None):
         # A text with few, long documents is cut into pieces, so that it too can be divided into train and val.
         piece = min(PIECE_BYTES, max(64, size // 20))
         read = lambda state: read_text(paths, doc_sep, piece, state)
-    return Source(name, read, size=size, fingerprint=file_fingerprint(paths))
+    return Source(name, os.path.basename(spec), read, size=size, fingerprint=file_fingerprint(paths))
+
+
+def fetch(url, path):
+    """-> path, downloaded from url on first use"""
+    if not os.path.exists(path):
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                raw = response.read()
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_atomically(path, raw)
+        except (OSError, http.client.HTTPException) as e:
+            raise UserError(f"cannot download {url} ({getattr(e, 'reason', None) or e}); check the network, or put a copy at {path}") from None
+    return path
 
 
 def file_fingerprint(paths):
@@ -486,27 +529,43 @@ def read_dataset(spec, column, state, path, **where):
 
 # -- the work
 
-def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc_sep=None, shard_tokens=100_000_000,
-            val_tokens=None, special=(EOT,), bpe_bytes=200_000_000, workers=None):
+def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_sep=None, weights=None, max_bytes=None, splits=None,
+            val_tokens=None, shard_tokens=100_000_000, special=None, bpe_bytes=200_000_000, workers=None):
     """Tokenizes a source into a folder of shards, and returns the folder. Goes on where an earlier call was stopped."""
+    row = SOURCES.get(source, {})
+    tokenizer = tokenizer or row.get("tokenizer", "gpt2")
+    special = special or row.get("special", (EOT,))
+    max_bytes = row.get("max_bytes") if max_bytes is None else max_bytes
+    splits = splits or (row.get("splits") if val_tokens is None else None)
+    doc_sep = row.get("doc_sep") if doc_sep is None else doc_sep
     if doc_sep is not None:
         doc_sep = doc_sep.replace("\\n", "\n")
         if not doc_sep or not doc_sep.replace("\n", "").isprintable():
             raise UserError("--doc_sep must be printable characters and newlines")
-    src = open_source(source, column, doc_sep)
-    out = out or os.path.join("data", src.name)
+    sources = open_sources(source, weights, column, doc_sep)
+    out = out or os.path.join("data", source if row else "-".join(s.name for s in sources))
     workers = os.cpu_count() or 1 if workers is None else workers
     for name, value, low, high in (("shard_tokens", shard_tokens, 1, 2**31 - 1), ("val_tokens", val_tokens or 0, 0, 2**63),
+                                   ("max_bytes", 1 if max_bytes is None else max_bytes, 1, 2**63),
                                    ("bpe_bytes", bpe_bytes, 1, 2**63), ("workers", workers, 1, 1024)):
         if not low <= value <= high:
             raise UserError(f"--{name}={value} is not from {low} to {high:,}")
     if EOT not in special or "" in special:
         raise UserError(f"--special must name {EOT}, which begins every document, and no empty token")
+    if splits:
+        split_shares(splits)
+        if val_tokens is not None:
+            raise UserError("--splits and --val_tokens exclude each other")
+    known = lambda sizes: None if None in sizes else sum(sizes)
+    size, expected = known([s.size for s in sources]), row.get("tokens") or known([s.tokens for s in sources])
+    if max_bytes:
+        size = min(size or max_bytes, max_bytes)
     # val_tokens: the first tokens of the stream. By default a shard of a large source, else a tenth of the documents.
-    large = (src.tokens or (src.size or 0) / 4) > 20 * shard_tokens  # about 4 bytes a token
-    val_tokens = shard_tokens if val_tokens is None and large else val_tokens
-    settings = dict(source=source if src.size is None else os.path.basename(source), source_fingerprint=src.fingerprint,
-                    tokenizer=tokenizer, column=column, doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens)
+    if val_tokens is None and not splits and min((n for n in (expected, size and size / 4) if n), default=0) > 20 * shard_tokens:  # about 4 bytes a token
+        val_tokens = shard_tokens
+    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint or "" for s in sources).strip(",") or None,
+                    tokenizer=tokenizer, column=column, doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
+                    weights=[s.weight for s in sources] if len(sources) > 1 else None, max_bytes=max_bytes, splits=splits)
     if bpe_size(tokenizer):
         settings.update(special=list(special), bpe_bytes=bpe_bytes)
     else:
@@ -522,6 +581,8 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
             say(f"{out} is complete: {count_line(manifest['shards'])}")
             return out
         progress = read_json(path(PROGRESS))
+        if progress and "sources" not in progress:
+            raise UserError(f"{out} was begun by another version of dataset.py; remove it and start again")
         if progress and (progress["shards"] or progress["settings"] == settings):
             check_settings(out, progress["settings"], settings)
         elif progress is None and (strangers := [f for f in os.listdir(out) if f.endswith((".bin", ".npy"))]):
@@ -529,10 +590,10 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
         else:
             if os.path.exists(path(TOKENIZER)):
                 os.remove(path(TOKENIZER))
-            progress = dict(settings=settings, state=None, pieces=0, shards=[])
+            progress = dict(settings=settings, sources=[dict(state=None, pieces=0, taken=0, tokens=0) for _ in sources], shards=[])
             write_json(path(PROGRESS), progress)
-        enc, spec = prepare_tokenizer(src, tokenizer, special, bpe_bytes, path(TOKENIZER))
-        tokenize(src, enc, out, progress, workers)
+        enc, spec = prepare_tokenizer(sources, tokenizer, special, bpe_bytes, path(TOKENIZER))
+        tokenize(sources, enc, out, progress, workers, size, expected)
         if not any(s["split"] == "train" for s in progress["shards"]):
             raise UserError(f"{source} holds too little text to divide into train and val" if progress["shards"] else f"{source} holds no text")
         write_json(path(MANIFEST), dict(
@@ -545,14 +606,15 @@ def prepare(source="fineweb-edu", tokenizer="gpt2", out=None, column="text", doc
     return out
 
 
-def prepare_tokenizer(src, name, special, bpe_bytes, path):
+def prepare_tokenizer(sources, name, special, bpe_bytes, path):
     """The tokenizer and its spec; a BPE is trained unless an interrupted run already did."""
     size = bpe_size(name)
     if size and not os.path.exists(path):
         if size < 256 + len(special):
             raise UserError(f"tokenizer {name} has no room for 256 bytes and {len(special)} special tokens")
         say(f"training tokenizer {name}")
-        merges = train_bpe(first_bytes(src, bpe_bytes), size, special)
+        shares = [bpe_bytes * s.weight / sum(s.weight for s in sources) for s in sources]
+        merges = train_bpe(itertools.chain(*map(first_bytes, sources, shares)), size, special)
         if len(merges) < size - 256 - len(special):
             say(f"the text has only {len(merges)} pairs to merge: the tokenizer is smaller than {name}")
         spec = dict(name=name, merges=[[a.decode("latin-1"), b.decode("latin-1")] for a, b in merges], special=list(special))
@@ -574,7 +636,27 @@ def first_bytes(src, limit):
             limit -= len(text.encode("utf-8", "replace"))
 
 
-def tokenize(src, enc, out, progress, workers):
+def split_shares(splits):
+    """"98/1/1" -> (98, 1, 1): the percentages of train, val and test"""
+    shares = [int(n) for n in splits.split("/")] if re.fullmatch(r"\d+(/\d+){1,2}", splits) else []
+    if sum(shares) != 100 or not shares[0]:
+        raise UserError(f"--splits={splits} must be percentages of train, val and perhaps test that make 100: 90/10, 98/1/1")
+    return *shares, *[0] * (3 - len(shares))
+
+
+def split_of(i, shares):
+    """
+    Where document i goes. Its last two digits, read backwards, spread the shares evenly.
+
+    >>> [i for i in range(200) if split_of(i, (98, 1, 1)) == "test"]
+    [10, 110]
+    """
+    n = i % 10 * 10 + i // 10 % 10
+    _, val, test = shares
+    return "val" if n < val else "test" if n < val + test else "train"
+
+
+def tokenize(sources, enc, out, progress, workers, size=None, expected=None):
     """
     Encodes batches on all cores and writes them in order. tiktoken leaves Python's lock while it encodes, so threads do:
     nothing is copied between processes, and nothing depends on how a platform starts them. Each has an encoder of its own,
@@ -586,42 +668,86 @@ def tokenize(src, enc, out, progress, workers):
         own.enc = tiktoken.Encoding(enc.name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks, special_tokens=enc._special_tokens)
 
     settings, shards = progress["settings"], progress["shards"]
-    writer = ShardWriter(out, settings["shard_tokens"], token_bytes(enc), enc.eot_token, shards)
-    val_left = None if settings["val_tokens"] is None else \
-        settings["val_tokens"] - sum(s["tokens"] for s in shards if s["split"] == "val")
-    started, saved = time.time(), time.time()
-    done = sum(s["tokens"] for s in shards)
-    waiting, batches = deque(), src.read(progress["state"])
-    pieces_read = progress["pieces"]
+    lengths, val_tokens, max_bytes = token_bytes(enc), settings["val_tokens"], settings.get("max_bytes")
+    writer = ShardWriter(out, settings["shard_tokens"], lengths, enc.eot_token, shards)
+    count = lambda key, *splits: sum(s[key] for s in shards if s["split"] in (splits or ("train", "val", "test")))
+    val_left = val_tokens and val_tokens - count("tokens", "val")
+    shares = split_shares(settings.get("splits") or "90/10") if val_tokens is None else (100, 0, 0)
+    started, saved, done = time.time(), time.time(), count("tokens")
     with ThreadPoolExecutor(workers, initializer=start) as pool:
-        while True:
-            # A bounded queue of work, so that memory does not grow with the text.
-            while batches and len(waiting) < 2 * workers + 2:
-                if (batch := next(batches, None)) is None:
-                    batches = None
+        submit = lambda pieces: pool.submit(lambda: encode_pieces(own.enc, pieces))
+        by_document = enc.eot_token if len(sources) > 1 else None
+        streams = [encoded(s, at, shares, submit, 2 * workers + 2, by_document) for s, at in zip(sources, progress["sources"])]
+        for i, split, tokens, at in mixed(streams, [s.weight for s in sources], progress["sources"], enc.eot_token):
+            if max_bytes:
+                tokens = tokens[:text_end(tokens, lengths, max_bytes - count("bytes"), enc.eot_token)]
+                if not len(tokens):
                     break
-                pieces, state = batch
-                parts = {"train": pieces} if val_left is not None else {
-                    "val": [p for i, p in enumerate(pieces, pieces_read) if i % 10 == 0],
-                    "train": [p for i, p in enumerate(pieces, pieces_read) if i % 10]}
-                pieces_read += len(pieces)
-                work = {split: pool.submit(lambda part: encode_pieces(own.enc, part), part) for split, part in parts.items() if part}
-                waiting.append((work, state, pieces_read))
-            if not waiting:
-                break
-            work, progress["state"], progress["pieces"] = waiting.popleft()
-            for split, future in work.items():
-                tokens = future.result()
-                if val_left:
-                    writer.append("val", tokens[:val_left])
-                    tokens, val_left = tokens[val_left:], max(0, val_left - len(tokens))
-                writer.append(split, tokens)
+            progress["sources"][i].update(at, tokens=progress["sources"][i]["tokens"] + len(tokens) * (split == "train"))
+            if val_left:
+                writer.append("val", tokens[:val_left])
+                tokens, val_left = tokens[val_left:], max(0, val_left - len(tokens))
+            writer.append(split, tokens)
             if (now := time.time()) - saved > SAVE_SECONDS:
                 saved = now
                 writer.sync()
                 write_json(os.path.join(out, PROGRESS), progress)
-                report(src, shards, done, now - started)
+                report(count("tokens"), count("bytes"), done, now - started, size, expected)
     writer.finish()
+
+
+def encoded(source, at, shares, submit, depth, by_document):
+    """
+    Yields (split, tokens, where to begin after them) from a source: all that a batch has for a split, or, where by_document
+    is the end-of-text token, document by document. A bounded queue of batches waits, so that memory does not grow with the text.
+    """
+    waiting, batches, taken = deque(), source.read(at["state"]), at["taken"]
+    state, n = at["state"], at["pieces"]
+    while True:
+        while batches and len(waiting) < depth:
+            if (batch := next(batches, None)) is None:
+                batches = None
+                break
+            parts = {"val": [], "test": [], "train": []}
+            for i, piece in enumerate(batch[0], n):
+                parts[split_of(i, shares)].append(piece)
+            waiting.append(([(split, submit(part)) for split, part in parts.items() if part], dict(state=state, pieces=n)))
+            state, n = batch[1], n + len(batch[0])
+        if not waiting:
+            return
+        work, begin = waiting.popleft()
+        position = 0  # in the batch's tokens; those up to `taken` were written before
+        for split, future in work:
+            tokens = future.result()
+            cuts = [] if by_document is None else np.flatnonzero(tokens[1:] == by_document) + 1
+            for run in np.split(tokens, cuts):
+                position += len(run)
+                if position > taken:
+                    yield split, run, dict(begin, taken=position)
+        taken = 0
+
+
+def mixed(streams, weights, written, eot):
+    """
+    Yields (i, *run) from streams i. The next run is of the stream whose train tokens, over its weight, are furthest behind;
+    what goes to val and test is not counted, and a document that was begun is ended first.
+    """
+    heads = {i: run for i, stream in enumerate(streams) if (run := next(stream, None))}
+    while heads:
+        i = min(heads, key=lambda i: (heads[i][1][0] == eot, written[i]["tokens"] / weights[i]))
+        yield i, *heads[i]
+        heads[i] = next(streams[i], None)
+        if not heads[i]:
+            del heads[i]
+
+
+def text_end(tokens, lengths, n_bytes, eot):
+    """Where the document ends that holds byte n_bytes of the text, or where the tokens do."""
+    if n_bytes <= 0:
+        return 0
+    at = int(np.searchsorted(lengths[tokens].cumsum(), n_bytes)) + 1
+    after = np.flatnonzero(tokens[at:] == eot)
+    return at + int(after[0]) if len(after) else len(tokens)
 
 
 def encode_pieces(enc, pieces):
@@ -638,10 +764,9 @@ def encode_pieces(enc, pieces):
     return np.array([t for text, begins in pieces for t in [enc.eot_token] * begins + enc.encode_ordinary(text)], dtype=np.uint32)
 
 
-def report(src, shards, done, seconds):
-    tokens, n_bytes = sum(s["tokens"] for s in shards), sum(s["bytes"] for s in shards)
+def report(tokens, n_bytes, done, seconds, size, expected):
     rate = (tokens - done) / seconds
-    share = n_bytes / src.size if src.size else tokens / src.tokens if src.tokens else None
+    share = n_bytes / size if size else tokens / expected if expected else None
     left = tokens / share - tokens if share else None
     ahead = f", {min(share, 1):.0%}, {clock(max(left, 0) / rate)} left" if share and rate else ""
     say(f"{tokens:,} tokens, {rate:,.0f} tokens/s{ahead}", again=True)
@@ -709,15 +834,18 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     p = Parser(prog="dataset.py", description=__doc__)
-    p.add_argument("--source", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], or .txt, .jsonl, .parquet files, 'dir/*.txt' (%(default)s)")
-    p.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (%(default)s)")
+    p.add_argument("--source", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], or .txt, .jsonl, .parquet files, 'dir/*.txt'; "
+                   "several, separated by commas, are mixed (%(default)s)")
+    p.add_argument("--weights", type=lambda text: [float(w) for w in text.split(",")], help="tokens of each source of a mix, relative to the others: 3,1 (equal)")
+    p.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (gpt2)")
     p.add_argument("--out", help="folder for the shards (data/NAME)")
     p.add_argument("--column", help="the column with the text, in tables (%(default)s)")
     p.add_argument("--doc_sep", help=r"what separates the documents of a text file, \n for a newline (blank lines)")
+    p.add_argument("--max_bytes", type=integer, help="stop with the document that reaches this much text (all of it)")
+    p.add_argument("--splits", help="percentages of the documents for train, val and test: 98/1/1 (90/10, but see --val_tokens)")
+    p.add_argument("--val_tokens", type=integer, help="instead of --splits: the first tokens are for validation (the first shard of a large source)")
     p.add_argument("--shard_tokens", type=integer, help="tokens a shard (%(default)s)")
-    p.add_argument("--val_tokens", type=integer, help="the first tokens, kept for validation "
-                   "(the first shard of a large source, a tenth of the documents of a small one)")
-    p.add_argument("--special", type=lambda text: text.split(","), help="special tokens of bpe:N, separated by commas")
+    p.add_argument("--special", type=lambda text: text.split(","), help=f"special tokens of bpe:N, separated by commas ({EOT})")
     p.add_argument("--bpe_bytes", type=integer, help="bpe:N is trained on this much of the source (%(default)s)")
     p.add_argument("--workers", type=integer, help="threads that tokenize (all cores)")
     p.set_defaults(**{k: v.default for k, v in inspect.signature(prepare).parameters.items()})

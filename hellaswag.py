@@ -5,11 +5,8 @@ the measure used here, the average loss of an ending's tokens.
     python hellaswag.py                     # the newest checkpoint
     python hellaswag.py --ckpt gpt2 --data hellaswag_val.jsonl --limit 1000
 """
-import http.client
 import json
-import os
 import sys
-import urllib.request
 
 import torch
 from torch.nn import functional as F
@@ -19,22 +16,12 @@ import model as gpt
 from dataset import UserError
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 10,042 examples
-
-
 PATH = "data/hellaswag/hellaswag_val.jsonl"
 
 
 def download():
     """-> PATH, where the validation examples are fetched to on first use"""
-    if not os.path.exists(PATH):
-        try:
-            with urllib.request.urlopen(URL, timeout=30) as response:
-                raw = response.read()
-            os.makedirs(os.path.dirname(PATH), exist_ok=True)
-            dataset.write_atomically(PATH, raw)
-        except (OSError, http.client.HTTPException) as e:
-            raise UserError(f"cannot download HellaSwag ({getattr(e, 'reason', None) or e}); check the network, or put a copy at {PATH}") from None
-    return PATH
+    return dataset.fetch(URL, PATH)
 
 
 def read_examples(path, limit=None):

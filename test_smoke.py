@@ -474,9 +474,12 @@ def digest(folder):
     return {n: hashlib.sha256(open(os.path.join(folder, n), "rb").read()).hexdigest() for n in sorted(os.listdir(folder))}
 
 
-def test_a_preparation_killed_again_and_again_ends_in_the_same_bytes(tmp_path):
-    (tmp_path / "t.txt").write_text("\n\n".join(stories(2000) * 3))
-    go = "import dataset, sys; dataset.SAVE_SECONDS = 0; dataset.BATCH_BYTES = 20_000; dataset.prepare('t.txt', 'bpe:400', out=sys.argv[1], shard_tokens=70_000)"
+@pytest.mark.parametrize("source", ["t.txt", "a.txt,b.txt"], ids=["one source", "a mix"])
+def test_a_preparation_killed_again_and_again_ends_in_the_same_bytes(tmp_path, source):
+    for name, n in (("t", 3), ("a", 2), ("b", 1)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(stories(2000) * n))
+    go = f"import dataset, sys; dataset.SAVE_SECONDS = 0.02; dataset.BATCH_BYTES = 20_000; " \
+         f"dataset.prepare('{source}', 'bpe:400', out=sys.argv[1], shard_tokens=70_000, splits='95/3/2')"
     env = {**os.environ, "PYTHONPATH": HERE}
     subprocess.run([sys.executable, "-c", go, "whole"], cwd=tmp_path, env=env, check=True, capture_output=True)
     size = lambda: sum(os.path.getsize(e) for e in os.scandir(tmp_path / "cut") if e.name.endswith(".bin")) if (tmp_path / "cut").exists() else 0
@@ -494,13 +497,86 @@ def test_a_preparation_killed_again_and_again_ends_in_the_same_bytes(tmp_path):
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
+@pytest.fixture(scope="session")
+def mix(tmp_path_factory):
+    """Documents of a's and of b's, each ending in its own number, mixed 3:1.  -> the folder, and the documents in order by split"""
+    folder, rng = tmp_path_factory.mktemp("mix"), random.Random(0)
+    texts = {name: [name * rng.randint(1, 4000) + str(i) for i in range(n)] for name, n in (("a", 1800), ("b", 900))}
+    for name, documents in texts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
+    dataset.prepare(f"{folder}/a.jsonl,{folder}/b.jsonl", "byte", out=str(folder / "d"), weights=[3, 1], splits="98/1/1", shard_tokens=1_000_000)
+    split = lambda name: bytes(t if t < 256 else 0 for t in read_split(folder / "d", name)).decode().split("\0")[1:]
+    return texts, {name: split(name) for name in ("train", "val", "test")}
+
+
+def test_a_mix_loses_no_document_and_has_none_twice(mix):
+    texts, splits = mix
+    assert sorted(sum(splits.values(), [])) == sorted(texts["a"] + texts["b"])
+    for name in "ab":
+        assert [d for d in splits["train"] if d[0] == name] == [t for i, t in enumerate(texts[name]) if i % 100 not in (0, 10)]
+    assert sorted(splits["test"]) == sorted(texts["a"][10::100] + texts["b"][10::100])
+
+
+def test_a_mix_of_three_to_one_holds_in_every_stretch_of_a_million_tokens(mix):
+    tokens = np.concatenate([np.full(len(d) + 1, d[0] == "a") for d in mix[1]["train"]])
+    both = min(len(tokens) - np.argmax(tokens[::-1]), len(tokens) - np.argmin(tokens[::-1]))  # until one runs out
+    assert both > 3_000_000
+    of_a = np.concatenate(([0], tokens[:both].cumsum()))
+    shares = (of_a[1_000_000:] - of_a[:-1_000_000]) / 1_000_000
+    assert 0.74 < shares.min() and shares.max() < 0.76
+
+
+def test_a_long_document_of_a_mix_is_not_broken(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(" ".join([name] * 30_000) + "\n\n" + name * 100)
+    dataset.prepare(f"{tmp_path}/a.txt,{tmp_path}/b.txt", "byte", out=str(tmp_path / "d"), splits="100/0")
+    documents = bytes(t if t < 256 else 0 for t in read_split(tmp_path / "d", "train")).decode().split("\0")[1:]
+    assert sorted(documents) == sorted(d for name in "ab" for d in (" ".join([name] * 30_000), name * 100))
+
+
+def test_a_text_budget_ends_with_the_document_that_reaches_it(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(200)))
+    total, n = 0, 0
+    while total < 20_000:
+        total, n = total + len(stories(200)[n].encode()), n + 1
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"), val_tokens=0, max_bytes=20_000)
+    assert read_split(tmp_path / "d", "train") == slow_tokens(dataset.get_tokenizer("byte"), stories(n))
+
+
+@pytest.mark.parametrize("shares", [(90, 10, 0), (98, 1, 1), (50, 25, 25), (100, 0, 0)])
+def test_a_hundred_documents_in_a_row_have_the_shares_asked_for(shares):
+    for start in (0, 100, 4200):
+        found = Counter(dataset.split_of(i, shares) for i in range(start, start + 100))
+        assert tuple(found[split] for split in ("train", "val", "test")) == shares
+
+
+def test_a_scriptless_dataset_is_read_from_its_converted_tables(tmp_path, monkeypatch):
+    (tmp_path / "hub/default/train").mkdir(parents=True)
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"text": stories(50), "meta": ["x"] * 50}), tmp_path / "hub/default/train/0000.parquet")
+    monkeypatch.setitem(dataset.SOURCES, "redpajama-sample", {**dataset.SOURCES["redpajama-sample"], "hub": str(tmp_path / "hub")})
+    dataset.prepare("redpajama-sample", "byte", out=str(tmp_path / "d"), val_tokens=0)
+    assert read_split(tmp_path / "d", "train") == slow_tokens(dataset.get_tokenizer("byte"), stories(50))
+
+
+def test_a_source_with_an_address_is_downloaded_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plays.txt").write_text("First Citizen:\nSpeak.\n\nAll:\nSpeak, speak.\n" * 50)
+    monkeypatch.setitem(dataset.SOURCES, "shakespeare", {**dataset.SOURCES["shakespeare"], "url": (tmp_path / "plays.txt").as_uri()})
+    dataset.prepare("shakespeare", "byte", val_tokens=0)
+    assert read_split(tmp_path / "data/shakespeare", "train") == slow_tokens(dataset.get_tokenizer("byte"), [(tmp_path / "plays.txt").read_text().strip()])
+    (tmp_path / "plays.txt").unlink()
+    dataset.prepare("shakespeare", "byte", val_tokens=0)
+
+
 def test_a_preparation_killed_before_its_first_save_goes_on(tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(stories(30)))
     dataset.prepare(str(tmp_path / "t.txt"), "bpe:300", out=str(tmp_path / "d"))
     whole = digest(tmp_path / "d")
     settings = json.load(open(tmp_path / "d/meta.json"))["settings"]
     os.remove(tmp_path / "d/meta.json")
-    (tmp_path / "d/progress.json").write_text(json.dumps(dict(settings=settings, state=None, pieces=0, shards=[])))
+    (tmp_path / "d/progress.json").write_text(json.dumps(dict(settings=settings, sources=[dict(state=None, pieces=0, taken=0, tokens=0)], shards=[])))
     dataset.prepare(str(tmp_path / "t.txt"), "bpe:300", out=str(tmp_path / "d"))
     assert digest(tmp_path / "d") == whole
 
@@ -558,8 +634,8 @@ def test_no_more_than_a_few_batches_wait_in_memory(tmp_path, monkeypatch):
         return np.array([256] + [120] * 100, dtype=np.uint32)
 
     monkeypatch.setattr(dataset, "encode_pieces", slow)
-    progress = dict(settings=dict(shard_tokens=10**6, val_tokens=0), state=None, pieces=0, shards=[])
-    dataset.tokenize(dataset.Source("x", endless), dataset.get_tokenizer("byte"), str(tmp_path), progress, workers=2)
+    progress = dict(settings=dict(shard_tokens=10**6, val_tokens=0), sources=[dict(state=None, pieces=0, taken=0, tokens=0)], shards=[])
+    dataset.tokenize([dataset.Source("x", "x", endless)], dataset.get_tokenizer("byte"), str(tmp_path), progress, workers=2)
     assert progress["shards"][0]["tokens"] == 200 * 101 and max(ahead) < 12
 
 
