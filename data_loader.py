@@ -79,6 +79,16 @@ class DataLoader:
         batch = batch.to(self.device, non_blocking=True)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
+    def padded_share(self, B):
+        """
+        What share of positions would hold a token, were a row not a window but a document, or T tokens of a longer one, and B
+        of them padded to the longest. Counted over the first million tokens.
+        """
+        starts = np.flatnonzero(self.shards[0][:1_000_000] == self.manifest["eot"])
+        rows = np.array([min(self.T, n - i) for n in np.diff(starts).tolist() for i in range(0, n, self.T)])
+        rows = rows[:len(rows) // B * B].reshape(-1, B)
+        return rows.sum() / max(1, B * rows.max(axis=1, initial=0).sum())
+
     def state_dict(self):
         return {"position": self.position}
 

@@ -49,7 +49,7 @@ SOURCES = {
     "fineweb": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", tokens=10e9),
     "custom-gpt": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", tokens=550e6, max_bytes=2_500_000_000, splits="99/1",
                        tokenizer="bpe:50000", special=(EOT, "<|pad|>", "<|user|>", "<|assistant|>")),
-    "tinystories": dict(hub="roneneldan/TinyStories", tokens=470e6),
+    "tinystories": dict(hub="roneneldan/TinyStories", tokens=470e6, splits="90/10"),
     "wikisource": dict(hub="wikimedia/wikisource", config="20231201.en", tokens=500e6),
     # This one is a script, which datasets 4 and later do not run: the tables the hub made of it are read.
     "redpajama-sample": dict(hub="togethercomputer/RedPajama-Data-1T-Sample", revision="refs/convert/parquet", tokens=1e9),

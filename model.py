@@ -83,6 +83,7 @@ CONFIGS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, bias=False, pos="rotary", norm="rms", act="relu2", qk_norm=True),
     "gpt-xs": dict(block_size=512),
+    "speedrun": dict(n_head=6, bias=False, pos="rotary", tie_head=False, norm="rms", act="relu2", qk_norm=True, softcap=15.0, zero_init=True),
     "custom-gpt": dict(n_head=10, n_embd=640, block_size=512, vocab_size=50000),
     "toygpt-small": dict(n_head=8, block_size=512, vocab_size=50257, pos="sinusoidal", head_bias=True),
     "toygpt-medium": dict(n_layer=16, n_head=8, n_embd=1024, block_size=512, vocab_size=50257,

@@ -100,6 +100,8 @@ def plot(paths, out, by_tokens=False):
         if x:
             loss.plot(x, y, color=color if len(logs) > 1 else COLORS[1], linewidth=2, marker="o", markersize=4, label=f"{tag}validation, {y[-1]:.3f} at the end")
             finite += [v for v in y if v == v]
+        for x, y in zip(*series(streams.get("test", {}), scale)):
+            loss.plot(x, y, color=color, marker="*", markersize=11, linestyle="", label=f"{tag}test, {y:.3f}")
         if has_hella and streams["hella"]:
             x, y = series(streams["hella"], scale)
             hella.plot(x, y, color=color, marker="o", markersize=3, label=f"{tag}{y[-1]:.4f}")

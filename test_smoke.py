@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -63,6 +62,36 @@ def here(name):
     return os.path.join(HERE, name)
 
 
+def scripts(commands, cwd, **env):
+    """Runs each of many commands as `script` does, but in one process: to import torch takes two seconds."""
+    r = subprocess.run([sys.executable, "-c", RUNNER], cwd=cwd, text=True, capture_output=True, input=json.dumps([[str(a) for a in c] for c in commands]),
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE, **env})
+    assert r.returncode == 0, r.stderr
+    return [subprocess.CompletedProcess(c, *result) for c, result in zip(commands, json.loads(r.stdout.splitlines()[-1]))]
+
+
+RUNNER = """
+import contextlib, gc, io, json, runpy, sys, traceback
+results = []
+for sys.argv in json.load(sys.stdin):
+    code, out, err = 0, *(io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as e:  # as the interpreter does: a text is printed
+            code = 1 if isinstance(e.code, str) else e.code or 0
+            print(e.code if isinstance(e.code, str) else "", file=sys.stderr)
+        except BaseException:
+            code = traceback.print_exc() or 1
+    for stream in (out, err):
+        stream.seek(0)
+    results.append((code, out.read(), err.read()))
+    gc.enable()
+    gc.collect()
+print(json.dumps(results))
+"""
+
+
 def stories(n):
     with open(STORIES, encoding="utf-8") as f:
         return f.read().split("\n\n")[:n]
@@ -78,14 +107,6 @@ each_kind = pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.
 
 
 # -- model.py
-
-@pytest.mark.parametrize("name, total", [
-    ("gpt2", 124_475_904), ("gpt-xs", 124_082_688), ("custom-gpt", 91_411_200), ("toygpt-small", 123_703_633), ("toygpt-medium", 253_055_057),
-    ("toygpt-large", 1_311_579_217), ("tinystories", 162_419_712), ("tinystories-small", 49_287_168), ("tinystories-large", 405_688_320)])
-def test_a_configuration_has_the_published_number_of_parameters(name, total):
-    with torch.device("meta"):
-        assert GPT(GPTConfig(**CONFIGS[name])).param_counts()["total"] == total
-
 
 def test_flops_per_token_of_gpt2_are_855_million():
     with torch.device("meta"):
@@ -312,6 +333,32 @@ def naive_bpe(text, n_merges):
 def test_bpe_merges_equal_those_of_a_slow_obvious_loop(text):
     n = len(dataset.train_bpe([text], 400))
     assert n > 10 and dataset.train_bpe([text], 400) == naive_bpe(text, n)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tokenizers") is None, reason="needs the package tokenizers")
+def test_bpe_merges_are_those_of_hugging_face_but_for_ties():
+    """
+    Ours take the greater of two pairs that are equally frequent, theirs another: so their merges are made again one by one,
+    each time over all the pairs that are as frequent as any.
+    """
+    import regex
+    import tokenizers
+    text = "\n".join(stories(60))
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator([text], vocab_size=256 + 500, min_frequency=1, show_progress=False)
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(theirs._tokenizer.to_str())["model"]["merges"]]
+    words = Counter(tuple(w.replace(" ", "Ġ").replace("\n", "Ċ")) for w in regex.findall(dataset.GPT2_SPLIT, text))
+    ours, same = dataset.train_bpe([text], 256 + 501), 0
+    assert text.isascii() and len(merges) == len(ours) == 500
+    for theirs, (a, b) in zip(merges, ours):
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        assert pairs[theirs] == max(pairs.values())
+        words = Counter({tuple(re.sub(r"(?<!\S)" + re.escape(" ".join(theirs)) + r"(?!\S)", "".join(theirs), " ".join(w)).split(" ")): n for w, n in words.items()})
+    named = lambda pair: tuple(t.decode().replace(" ", "Ġ").replace("\n", "Ċ") for t in pair)
+    assert len(set(map(named, ours)) & set(merges)) > 450
 
 
 def make_bpe(texts, size):
@@ -550,14 +597,48 @@ def test_a_hundred_documents_in_a_row_have_the_shares_asked_for(shares):
         assert tuple(found[split] for split in ("train", "val", "test")) == shares
 
 
-def test_a_scriptless_dataset_is_read_from_its_converted_tables(tmp_path, monkeypatch):
-    (tmp_path / "hub/default/train").mkdir(parents=True)
+# Where the files of a hub dataset lie, and what its card says of them.
+HUB = {
+    "fineweb-edu": ("sample/10BT/000_00000.parquet", "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*"),
+    "fineweb": ("sample/10BT/000_00000.parquet", "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*"),
+    "custom-gpt": ("sample/10BT/000_00000.parquet", "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*"),
+    "tinystories": ("data/train-00000-of-00001.parquet", None),
+    "wikisource": ("20231201.en/train-00000-of-00001.parquet", "- config_name: 20231201.en\n  data_files:\n  - split: train\n    path: 20231201.en/train-*"),
+    "redpajama-sample": ("default/train/0000.parquet", None),
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's named datasets, a few stories each, in folders laid out as theirs; the real `datasets` reads them, streaming."""
     import pyarrow
     import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.table({"text": stories(50), "meta": ["x"] * 50}), tmp_path / "hub/default/train/0000.parquet")
-    monkeypatch.setitem(dataset.SOURCES, "redpajama-sample", {**dataset.SOURCES["redpajama-sample"], "hub": str(tmp_path / "hub")})
-    dataset.prepare("redpajama-sample", "byte", out=str(tmp_path / "d"), val_tokens=0)
-    assert read_split(tmp_path / "d", "train") == slow_tokens(dataset.get_tokenizer("byte"), stories(50))
+    for name, (path, card) in HUB.items():
+        file = tmp_path / "hub" / name / path
+        file.parent.mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(120)), "text": stories(120)}), file)
+        if card:
+            (tmp_path / "hub" / name / "README.md").write_text(f"---\nconfigs:\n{card}\n---\n")
+        monkeypatch.setitem(dataset.SOURCES, name, {**dataset.SOURCES[name], "hub": str(tmp_path / "hub" / name)})
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_named_source_is_prepared_from_files_laid_out_as_the_hubs(hub, name):
+    folder = dataset.prepare(name, None if name == "custom-gpt" else "byte", shard_tokens=10_000)
+    tokens = sum((read_split(folder, split) for split in ("val", "train")), [])
+    documents = dataset.get_tokenizer(folder).decode(tokens).split(dataset.EOT)[1:]
+    assert folder == f"data/{name}" and sorted(documents) == sorted(stories(120))
+
+
+def test_toygpts_mix_is_divided_98_1_1(hub):
+    manifest = json.load(open(dataset.prepare("toygpt", "byte") + "/meta.json"))
+    assert {s["split"]: s["documents"] for s in manifest["shards"]} == {"train": 232, "val": 4, "test": 4}
+
+
+def test_custom_gpts_tokenizer_has_its_special_tokens(hub):
+    enc = dataset.get_tokenizer(dataset.prepare("custom-gpt"))
+    assert enc.special_tokens_set == {"<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"}
 
 
 def test_a_source_with_an_address_is_downloaded_once(tmp_path, monkeypatch):
@@ -703,6 +784,19 @@ def test_the_permutation_leaves_no_trace_of_the_old_order():
     assert abs(np.corrcoef(p, np.arange(50_000))[0, 1]) < 0.02 and abs(np.corrcoef(p[1:], p[:-1])[0, 1]) < 0.02
 
 
+def test_the_share_that_padding_would_leave_equals_a_slow_count(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(60)))
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"), val_tokens=0)
+    T, B, rows = 300, 4, []
+    for story in stories(60)[:-1]:  # the last may go on in another shard
+        tokens = [256, *story.encode()]
+        while tokens:
+            rows.append(len(tokens[:T]))
+            tokens = tokens[T:]
+    batches = [rows[i:i + B] for i in range(0, len(rows) - B + 1, B)]
+    assert DataLoader(str(tmp_path / "d"), "train", 1, T).padded_share(B) == pytest.approx(sum(map(sum, batches)) / sum(B * max(b) for b in batches))
+
+
 def test_numpy_shards_load(shards, tmp_path):
     np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(2000, dtype=np.uint16))
     assert torch.equal(DataLoader(str(tmp_path), "train", 8, 16).next_batch()[0], DataLoader(shards, "train", 8, 16).next_batch()[0])
@@ -750,7 +844,7 @@ def records(folder):
         for line in f:
             if line[0] != "#" and line.endswith("\n"):
                 step, stream, *rest = line.split()
-                out[stream, int(step)] = " ".join([step, stream] + [r for r in rest if r.split("=")[0] not in ("ms", "tok_s", "mfu", "usd")])
+                out[stream, int(step)] = " ".join([step, stream] + [r for r in rest if r.split("=")[0] not in ("ms", "steps_s", "tok_s", "mfu", "usd")])
     return out
 
 
@@ -822,6 +916,57 @@ def test_a_run_begun_on_one_process_goes_on_on_two(workspace, one_process, tmp_p
     r = torchrun(2, "--resume=runs/one/checkpoints/model_000006.pt", f"--out_dir={tmp_path}", "--device=cpu", cwd=workspace)
     assert r.returncode == 0, r.stderr
     assert losses(tmp_path) == pytest.approx(losses(one_process)[6:], abs=1e-5)
+
+
+@pytest.fixture(scope="session")
+def zero2(workspace):
+    r = torchrun(2, *NO_DROPOUT, "--parallel=zero2", "--micro_batch=2", "--ckpt_interval=6", "--sample_interval=6", "--out_dir=runs/zero2", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    return workspace / "runs/zero2"
+
+
+def test_zero2_gives_the_losses_of_one_process(zero2, one_process):
+    assert same(zero2, one_process)
+
+
+def test_a_checkpoint_of_zero2_has_the_form_of_any_other(zero2, one_process):
+    a, b = (gpt.read_checkpoint(f"{run}/checkpoints/model_000006.pt") for run in (zero2, one_process))
+    for x, y in zip([*a["model"].values(), *a["optimizers"][0]["state"][3].values()], [*b["model"].values(), *b["optimizers"][0]["state"][3].values()], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3)
+    assert a.keys() == b.keys() and a["model"].keys() == b["model"].keys()
+
+
+def test_one_process_and_zero2_go_on_from_each_others_checkpoints(zero2, one_process, workspace, tmp_path):
+    r = script(here("train.py"), f"--resume={zero2}/checkpoints/model_000006.pt", f"--out_dir={tmp_path}/one", "--parallel=ddp", cwd=workspace)
+    assert r.returncode == 0 and losses(tmp_path / "one") == pytest.approx(losses(one_process)[6:], abs=1e-5), r.stderr
+    r = torchrun(2, f"--resume={one_process}/checkpoints/model_000006.pt", f"--out_dir={tmp_path}/two", "--parallel=zero2", cwd=workspace)
+    assert r.returncode == 0 and losses(tmp_path / "two") == pytest.approx(losses(one_process)[6:], abs=1e-5), r.stderr
+
+
+@pytest.mark.parametrize("option", ["--optimizer=muon", "--compile=true"])
+def test_zero2_says_what_it_does_not_go_with(workspace, option):
+    r = script(here("train.py"), *FAST, "--parallel=zero2", option, cwd=workspace, WORLD_SIZE="2")
+    assert r.returncode == 1 and r.stderr == "train.py: parallel=zero2 goes with optimizer=adamw, and without compile\n"
+
+
+def test_zero2_keeps_half_of_weights_gradients_and_moments_on_each_of_two_processes(tmp_path):
+    (tmp_path / "halves.py").write_text("""
+import torch, train
+from model import GPT, GPTConfig
+torch.distributed.init_process_group("gloo")
+model = train.shard(GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)), torch.device("cpu"), 2)
+idx = torch.zeros(1, 16, dtype=torch.long)
+model(idx, idx)[1].backward()
+optimizer, = train.make_optimizers(model, torch.device("cpu"))
+optimizer.step()
+n = model.param_counts()["total"]
+moments = [v for state in optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg")]
+for kept in (list(model.parameters()), [p.grad for p in model.parameters()], moments[::2], moments[1::2]):
+    assert sum(t.to_local().numel() for t in kept) == n / 2
+torch.distributed.destroy_process_group()
+""")
+    r = script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", tmp_path / "halves.py", cwd=tmp_path, PYTHONPATH=HERE)
+    assert r.returncode == 0, r.stderr
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -909,10 +1054,11 @@ def test_two_processes_train_without_hellaswag_where_it_cannot_be_had(workspace,
     assert r.returncode == 0 and "no HellaSwag" in r.stdout and len(losses(tmp_path / "o")) == 3, r.stderr
 
 
-def test_hellaswag_is_scored_while_training(workspace, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "zero2"])
+def test_hellaswag_is_scored_while_training(workspace, tmp_path, parallel):
     (tmp_path / "data/hellaswag").mkdir(parents=True)
     (tmp_path / hellaswag.PATH).write_text(json.dumps({"ctx": "A cat", "label": 1, "endings": ["sat", "is", "ran", "x"]}) + "\n")
-    r = torchrun(2, *FAST, f"--data={workspace}/data/t", "--hella_interval=2", "--max_steps=3", "--out_dir=o", cwd=tmp_path)
+    r = torchrun(2, *FAST, f"--data={workspace}/data/t", "--hella_interval=2", "--max_steps=3", "--out_dir=o", f"--parallel={parallel}", cwd=tmp_path)
     assert r.returncode == 0 and sorted(step for s, step in records(tmp_path / "o") if s == "hella") == [0, 2, 3], r.stderr
 
 
@@ -948,6 +1094,65 @@ def test_a_text_file_is_tokenized_on_first_use(tmp_path):
     (tmp_path / "book.txt").write_text("\n\n".join(stories(60)))
     r = script(here("train.py"), *FAST, "--data=book.txt", "--tokenizer=bpe:300", "--max_steps=2", cwd=tmp_path)
     assert r.returncode == 0 and (tmp_path / "data/book-bpe300/meta.json").exists() and (tmp_path / "log.txt").exists()
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory):
+    """
+    Every recipe, its sizes made small: 5 steps with a sample, the last two of them again from a checkpoint, and what eval.py makes
+    of it; in full size, a dry run.  -> the folder, and {recipe: the four processes}
+    """
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "t.txt").write_text("\n\n".join(stories(100)))
+    dataset.prepare(str(folder / "t.txt"), "byte", out=str(folder / "data/t"), splits="80/10/10")
+    shrunk = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=64", "--vocab_size=0", "--total_batch_size=256", "--max_steps=5", "--warmup_steps=2",
+              "--data=data/t", "--val_interval=5", "--val_tokens=500", "--ckpt_interval=3", "--sample_interval=5", "--hella_interval=0", "--log_interval=1"]
+    commands = [command for name in train.RECIPES for command in (
+        [here("train.py"), f"--recipe={name}", *shrunk, f"--out_dir={name}"],
+        [here("train.py"), f"--resume={name}/checkpoints/model_000003.pt", f"--out_dir={name}/again"],
+        [here("eval.py"), f"--ckpt={name}/checkpoints/model_000005.pt", "--prompt=Once", "--max_new_tokens=5"],
+        [here("train.py"), f"--recipe={name}", "--dry_run"])]
+    done = scripts(commands, cwd=folder)
+    for r in done:
+        assert r.returncode == 0, (r.args, r.stderr)
+    return folder, {name: done[4 * i:4 * i + 4] for i, name in enumerate(train.RECIPES)}
+
+
+PUBLISHED = {"gpt2": 124_475_904, "gpt-xs": 124_082_688, "gpt2-custom": 124_475_904, "custom-gpt": 91_411_200, "toygpt-small": 123_703_633,
+             "toygpt-medium": 253_055_057, "toygpt-large": 1_311_579_217, "tinystories": 162_419_712, "tinystories-small": 49_287_168,
+             "tinystories-large": 405_688_320, "tiny": 1_311_872, "speedrun": 162_220_800}
+each_recipe = pytest.mark.parametrize("name", train.RECIPES)
+
+
+@each_recipe
+def test_a_recipe_trains_and_prints_a_sample(recipes, name):
+    folder, results = recipes
+    assert len(losses(folder / name)) == 5 and "sample at step 5: " in results[name][0].stdout and results[name][2].stdout.startswith("Once")
+
+
+@each_recipe
+def test_a_recipe_goes_on_exactly_where_it_was(recipes, name):
+    assert losses(recipes[0] / name / "again") == losses(recipes[0] / name)[3:]
+
+
+@each_recipe
+def test_a_recipes_dry_run_prints_its_parameters_and_cost(recipes, name):
+    planned = recipes[1][name][3].stdout
+    parts = {k: int(v.replace(",", "")) for k, v in re.findall(r"([a-z-]+) ([\d,]+)(?:, |\n)", planned.split("parameters: ")[1].split("batch:")[0])}
+    assert list(parts) == ["embeddings", "positions", "attention", "feed-forward", "norms", "head", "total"]
+    assert parts["total"] == PUBLISHED[name] == sum(parts.values()) - parts["total"] and re.search(r"cost: .* A100", planned)
+
+
+def test_the_test_split_is_judged_in_full_at_the_end_alone(recipes):
+    folder = recipes[0]
+    windows = (len(read_split(folder / "data/t", "test")) - 1) // 64
+    found = {step: line for (stream, step), line in records(folder / "toygpt-small").items() if stream == "test"}
+    assert list(found) == [5] and found[5].endswith(f"tokens={windows * 64}")
+
+
+def test_float16_trains_with_a_scaler_that_checkpoints_keep(recipes):
+    ckpt = gpt.read_checkpoint(str(recipes[0] / "custom-gpt/checkpoints/model_000005.pt"))
+    assert ckpt["train_config"]["dtype"] == "float16" and ckpt["scaler"]["_growth_tracker"] == 5
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -994,6 +1199,79 @@ def test_bench_prints_one_line_of_json(tmp_path):
     line = json.loads(r.stdout.splitlines()[-1])
     assert r.returncode == 0 and {"tok_s", "ms", "mfu", "peak_tflops", "mem_gb"} <= set(line) and line["tok_s"] > 0
     assert os.listdir(tmp_path) == []
+
+
+def test_the_ladder_measures_every_technique_that_is_at_hand(monkeypatch, capsys):
+    for k, v in train.SETTINGS.items():
+        monkeypatch.setattr(train, k, v, raising=False)
+    monkeypatch.delitem(train.LADDER, "torch.compile")  # takes a minute
+    monkeypatch.setattr(sys, "argv", ["train.py", *FAST, "--bench=ladder"])
+    train.main()
+    rows = {line[:18].strip(): line[18:].split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert list(rows) == [*train.LADDER, "more GPUs"] and rows["TF32"][0] == rows["more GPUs"][0] == "-"
+    for name in ("float32", "fused attention", "vocabulary 50304"):
+        assert int(rows[name][0].replace(",", "")) > 0
+
+
+def test_eight_gpus_for_two_and_a_half_hours_at_20_dollars_50_cost_51_dollars_25(monkeypatch):
+    monkeypatch.setattr(train, "usd_per_gpu_hour", 20.50 / 8)
+    assert train.dollars(2.5 * 3600, 8) == pytest.approx(51.25)
+
+
+def test_dollars_stand_in_the_log_the_summary_and_the_checkpoint(workspace, tmp_path):
+    r = script(here("train.py"), *FAST, "--max_steps=3", "--usd_per_gpu_hour=1e6", f"--out_dir={tmp_path}", cwd=workspace)
+    usd = gpt.read_checkpoint(f"{tmp_path}/checkpoints/model_000003.pt")["totals"]["usd"]
+    assert usd > 0.1 and f"usd={usd:.4f}" in (tmp_path / "log.txt").read_text() and f"${usd:.2f}" in r.stdout.splitlines()[-1]
+
+
+def read_wandb(raw):
+    """Records of a .wandb file: LevelDB's log format (blocks of 32 KiB; checksum, length, type, data) after 7 bytes of its own."""
+    from wandb.proto import wandb_internal_pb2
+    at, data = 7, b""
+    while at + 7 <= len(raw):
+        if 32768 - at % 32768 < 7:  # no header fits into the rest of the block
+            at += 32768 - at % 32768
+        length, kind = struct.unpack("<HB", raw[at + 4:at + 7])
+        data, at = data + raw[at + 7:at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(data)
+            data = b""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the package wandb")
+def test_wandb_gets_what_the_log_gets_and_a_resumed_run_goes_on_there(workspace, tmp_path):
+    go = [here("train.py"), *FAST, f"--out_dir={tmp_path}/run", "--wandb_project=demo"]
+    for args in (["--max_steps=5"], ["--max_steps=7", "--resume"]):
+        r = script(*go, *args, cwd=workspace, WANDB_MODE="offline")
+        assert r.returncode == 0, r.stderr
+    found, ids = {}, set()
+    for path in (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"):
+        for record in read_wandb(path.read_bytes()):
+            ids |= {record.run.run_id} - {""}
+            row = {(item.nested_key or [item.key])[0]: json.loads(item.value_json) for item in record.history.item}
+            found |= {(name, row["step"]): row[name] for name in ("train", "val") if name in row}
+    assert len(ids) == 1 and found.keys() == records(tmp_path / "run").keys()
+    for (stream, step), line in records(tmp_path / "run").items():
+        assert found[stream, step] == pytest.approx(float(line.split()[2]), abs=1e-6)
+
+
+def test_out_of_memory_tries_smaller_micro_batches_and_then_says_what_helps(monkeypatch):
+    for k, v in {**train.SETTINGS, "compile": "true", "block_size": 16, "micro_batch": 0}.items():
+        monkeypatch.setattr(train, k, v, raising=False)
+    model, room, tried = GPT(small()), 3, []
+
+    def compiled(idx, targets):
+        tried.append(len(idx))
+        if len(idx) > room:
+            raise torch.OutOfMemoryError
+        return model(idx, targets)
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled)
+    fit = lambda: train.fit(model, torch.device("cpu"), torch.no_grad if room < 0 else torch.enable_grad, 12, None, 1, True)
+    assert fit()[0] == 3 and tried == [12, 6, 4, 3]
+    room = 0
+    with pytest.raises(train.UserError, match="--grad_checkpoint, --parallel=zero2 on several GPUs, lower block_size=16"):
+        fit()
 
 
 # -- eval.py, hellaswag.py, plot.py
@@ -1135,6 +1413,10 @@ MISTAKES = {
     "a source that is not there": (["dataset.py", "--source=no.txt"], "there is no source 'no.txt'"),
     "a pattern without files": (["dataset.py", "--source=*.nothing"], "no file matches"),
     "a folder as a source": (["dataset.py", "--source=data"], "data is a folder"),
+    "weights for other sources": (["dataset.py", "--source=t.txt,t.jsonl", "--weights=1,2,3"], "--weights must be 2 numbers above zero"),
+    "splits that are not a whole": (["dataset.py", "--source=t.txt", "--splits=90/20"], "--splits=90/20 must be percentages"),
+    "two ways to divide": (["dataset.py", "--source=t.txt", "--splits=90/10", "--val_tokens=9"], "exclude each other"),
+    "an unknown kind of bench": ([*T, "--bench=fast"], "bench='fast' must be a number of steps, or ladder"),
     "an empty file": (["dataset.py", "--source=empty.txt"], "empty.txt is empty"),
     "a binary file as text": (["dataset.py", "--source=binary.txt", "--tokenizer=byte", "--out=data/new"], "binary.txt is not UTF-8 text"),
     "a blank text": (["dataset.py", "--source=blank.txt", "--tokenizer=byte"], "holds no text"),
@@ -1155,7 +1437,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="session")
 def mistakes(workspace):
-    """Makes every mistake, a few at a time.  -> {name: completed process}, and whether anything in the folder changed"""
+    """Makes every mistake.  -> {name: completed process}, and whether anything in the folder changed"""
     for name in ("empty", "unfinished", "truncated", "magic", "short", "foreign", "manifest"):
         (workspace / "data" / name).mkdir()
     (workspace / "data/unfinished/progress.json").write_text("{}")
@@ -1172,9 +1454,8 @@ def mistakes(workspace):
     (workspace / "other.txt").write_text("\n\n".join(stories(90)))
     dataset.prepare(str(workspace / "other.txt"), "byte", out=str(workspace / "data/other"))
     before = tree(workspace)
-    with ThreadPoolExecutor(3) as pool:
-        done = dict(zip(MISTAKES, pool.map(lambda m: script(here(m[0][0]), *m[0][1:], cwd=workspace, HF_HUB_OFFLINE="1"), MISTAKES.values())))
-    return done, before, tree(workspace)
+    done = scripts([[here(args[0]), *args[1:]] for args, _ in MISTAKES.values()], cwd=workspace, HF_HUB_OFFLINE="1")
+    return dict(zip(MISTAKES, done)), before, tree(workspace)
 
 
 def tree(folder):

@@ -36,6 +36,7 @@ import math
 import re
 import signal
 import statistics
+import subprocess
 import time
 import types
 from datetime import timedelta
@@ -79,7 +80,9 @@ eps = 1e-8
 grad_clip = 1.0  # the gradient's norm is cut to this; 0: not
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16 | float16
+tf32 = True  # on CUDA, float32 matrices are multiplied in TensorFloat-32
 compile = "auto"  # auto (on CUDA) | true | false
+parallel = "ddp"  # ddp | zero2 (every process keeps a share of the gradients and of AdamW's moments)
 grad_checkpoint = False  # recompute activations in the backward pass: less memory, about a third more time
 deterministic = False  # bit-for-bit repeatable on CUDA too, at some cost in speed
 val_interval = 250  # steps; 0: never
@@ -88,11 +91,13 @@ ckpt_interval = 1000  # steps; 0: never
 keep = 3  # newest checkpoints that stay, beside the best one
 sample_interval = 250  # steps; 0: never
 sample_prompt = ""  # what the samples begin with
+sample_temperature = 0.7  # 0: the likeliest token each time
 hella_interval = 250  # steps between HellaSwag scores; 0: never
 log_interval = 1  # steps
 usd_per_gpu_hour = 0.0  # to count dollars
-dry_run = False  # say what the run would be, and stop
-bench = 0  # measure this many steps on random tokens, print one line of JSON, and stop
+wandb_project = ""  # log to Weights & Biases too
+dry_run = False  # say what the run would be and cost, and stop
+bench = ""  # measure this many steps on random tokens, print one line of JSON, and stop; or ladder: technique by technique
 
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -103,7 +108,7 @@ SHAPE["vocab_size"] = 0
 SETTINGS.update(SHAPE)
 
 ALLOWED = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
-           "compile": ("auto", "true", "false"), **gpt.CHOICES}
+           "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2"), **gpt.CHOICES}
 OF_ONE_START = ("config", "init_from", "resume", "new_data", "dry_run", "bench")  # not of a run, and so not in checkpoints
 AT_LEAST_ONE = ("total_batch_size", "keep", "val_tokens", "block_size", "n_layer", "n_head", "n_embd")
 
@@ -111,6 +116,13 @@ RECIPES = {
     "gpt2": {},
     "gpt-xs": dict(**CONFIGS["gpt-xs"]),
     "gpt2-custom": dict(data="data/fineweb", warmup_steps=768),
+    "custom-gpt": dict(
+        **CONFIGS["custom-gpt"], data="data/custom-gpt", tokenizer="bpe:50000", total_batch_size=64 * 512, epochs=3, max_lr=1e-4, min_lr=0.0,
+        warmup_steps=1000, dtype="float16", parallel="zero2", val_interval=1000, val_tokens=1_000_000, sample_interval=5000, hella_interval=5000, log_interval=10),
+    # What toygpt leaves to its command line is GPT-3's for these sizes (Brown et al., 2020, table 2.1), at half the batch.
+    **{f"toygpt-{size}": dict(
+        **CONFIGS[f"toygpt-{size}"], data="data/toygpt", total_batch_size=512 * 512, epochs=1, max_lr=lr, min_lr=lr / 10, warmup_steps=300,
+        sample_prompt="This is the end", sample_temperature=0.0) for size, lr in (("small", 6e-4), ("medium", 3e-4), ("large", 2e-4))},
     **{name: dict(
         **CONFIGS[name], data="data/tinystories", total_batch_size=8 * CONFIGS[name]["block_size"], max_lr=5e-4, epochs=20,
         val_interval=5000, val_tokens=500_000, ckpt_interval=5000, sample_interval=5000, sample_prompt="Once upon a time",
@@ -120,6 +132,18 @@ RECIPES = {
         **CONFIGS["tiny"], data=os.path.join(HERE, "input.txt"), tokenizer="bpe:4096", total_batch_size=4 * 256, max_steps=1100,
         max_lr=4e-3, min_lr=0.0, warmup_steps=50, val_interval=110, ckpt_interval=220, sample_interval=550, sample_prompt="Once",
         hella_interval=0, log_interval=10),
+    "speedrun": dict(
+        **CONFIGS["speedrun"], optimizer="muon", schedule="wsd", cooldown=0.7, max_lr=2e-3, min_lr=0.0, warmup_steps=100, max_steps=6000),
+}
+
+# What --bench=ladder measures, each on top of those before it. GPT2-Custom's README lists them.
+LADDER = {
+    "float32": dict(dtype="float32", tf32="false", attention="reference", vocab_size=50257, compile="false", parallel="ddp"),
+    "TF32": dict(tf32="true"),
+    "half precision": dict(dtype="auto"),
+    "fused attention": dict(attention="fused"),
+    "vocabulary 50304": dict(vocab_size=50304),
+    "torch.compile": dict(compile="true"),
 }
 
 # Dense bf16 (fp16 before Ampere) TFLOP/s with fp32 sums, from the makers' data sheets.
@@ -133,9 +157,9 @@ PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100
 def configure(argv):
     """Sets the globals above. -> what the user chose, recipe aside, and the checkpoint to resume from, if any"""
     command = parse_command(argv)
-    file = read_config(command.get("config", config))
+    file = read_config(command.get("config"))
     asked = {**file, **command}
-    row = asked.get("recipe", recipe)
+    row = asked.get("recipe", SETTINGS["recipe"])
     if row not in RECIPES:
         raise UserError(f"there is no recipe {row!r}" + nearest(row, RECIPES))
     layers = [RECIPES[row], asked]
@@ -145,7 +169,7 @@ def configure(argv):
         begun = ckpt["train_config"]["recipe"]
         if asked.get("recipe", begun) != begun:
             raise UserError(f"{ckpt['path']} is of recipe {begun}, not {row}; start a new run with another --out_dir")
-        check_shape(ckpt["path"], {**ckpt["model_config"], "optimizer": ckpt["train_config"]["optimizer"]}, {**RECIPES[row], **asked})
+        check_shape(ckpt["path"], {**ckpt["model_config"], "optimizer": ckpt["train_config"]["optimizer"]}, asked)
         layers = [ckpt["train_config"], asked]
     settings = dict(SETTINGS)
     for layer in layers:
@@ -154,8 +178,10 @@ def configure(argv):
         settings.update(layer)
     for k, v in settings.items():
         check(k, v)
-    if settings["bench"]:  # the bare steps
-        settings.update(max_steps=settings["bench"], **{k: 0 for k in settings if k.endswith("_interval")})
+    if re.fullmatch(r"\d+", settings["bench"]):  # the bare steps
+        settings.update(max_steps=int(settings["bench"]), **{k: 0 for k in settings if k.endswith("_interval")})
+    elif settings["bench"] not in ("", "ladder"):
+        raise UserError(f"bench={settings['bench']!r} must be a number of steps, or ladder")
     globals().update(settings)
     return asked, ckpt
 
@@ -396,19 +422,67 @@ def make_optimizers(model, device):
     return optimizers
 
 
-def fit(model, device, autocast, sequences, used, first):
+# -- ZeRO-2 (Rajbhandari et al., 2019), by torch's fully_shard. Its modules are imported here alone: they take a second.
+
+def shard(model, device, world_size):
+    """
+    Cuts every parameter up, in place: a process keeps one part of it, of its gradient and of its moments. The weights are put
+    together for a step, and gradients are summed up into the parts as soon as a block's are known.
+    """
+    from torch.distributed.fsdp import fully_shard
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world_size,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the rest, a tied embedding and head as one
+
+
+@contextlib.contextmanager
+def whole(model):
+    """The weights in full on every process, so that each may use the model at its own pace; nothing to do but for zero2."""
+    parts = [m for m in model.modules() if hasattr(m, "unshard")]
+    for part in parts:
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+
+
+def gather(tree, keep=True):
+    """Full tensors in place of shards, in a state dict or alone, on the CPU. Every process must call it; one may keep the result."""
+    if isinstance(tree, dict):
+        return {k: gather(v, keep) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [gather(v, keep) for v in tree]
+    if hasattr(tree, "full_tensor"):
+        tree = tree.full_tensor()
+        return tree.cpu() if keep else None
+    return tree
+
+
+def scatter(state, optimizer):
+    """A full optimizer state -> this process's part of it, where the optimizer's parameters are cut up"""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not hasattr(params[0], "full_tensor"):
+        return state
+    from torch.distributed.tensor import distribute_tensor
+    part = lambda p, v: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if v.shape == p.shape else v
+    return {**state, "state": {i: {k: part(params[i], v) for k, v in moments.items()} for i, moments in state["state"].items()}}
+
+
+def fit(model, device, autocast, sequences, used, shares, first):
     """
     -> the micro-batch, and the model to train, compiled where that works. Tried out before the run: it is too late to learn
-    in its middle that memory is short or a compiler is missing. `used` is what the run had before it was resumed.
+    in its middle that memory is short or a compiler is missing. `used` is what the run had before it was resumed; of AdamW's
+    moments a process keeps one of `shares`.
     """
     largest = used or max(1, (65536 if device.type == "cuda" else 4096) // block_size)  # more tokens at once gain nothing
     sizes = [micro_batch] if micro_batch else [d for d in reversed(divisors(sequences)) if d <= largest]
-    compiled = compile == "true" or compile == "auto" and device.type == "cuda"
+    compiled = compile == "true" or compile == "auto" and device.type == "cuda" and shares == 1
     fast = torch.compile(model, dynamic=False) if compiled else model
     while compiled or device.type == "cuda":
         try:
             tokens = torch.zeros(sizes[0], block_size, dtype=torch.long, device=device)
-            later = [torch.empty(2, *p.shape, device=device) for p in model.parameters()]  # room for AdamW's two moments
+            later = [torch.empty(2, p.numel() // shares, device=device) for p in model.parameters()]  # room for AdamW's two moments
             with autocast():
                 fast(tokens, tokens)[1].backward()
                 with torch.no_grad():
@@ -416,7 +490,9 @@ def fit(model, device, autocast, sequences, used, first):
             break
         except torch.OutOfMemoryError:
             if len(sizes) == 1:
-                raise UserError(f"out of memory at micro_batch={sizes[0]}; lower micro_batch or block_size, or use --grad_checkpoint") from None
+                ways = [f"lower micro_batch={sizes[0]}"] * (sizes[0] > 1) + ["--grad_checkpoint"] * (not grad_checkpoint) + \
+                    ["--parallel=zero2 on several GPUs"] * (shares == 1) + [f"lower block_size={block_size}", "a smaller model"]
+                raise UserError(f"out of memory; what helps, the least costly first: {', '.join(ways)}") from None
             sizes.pop(0)
             torch._dynamo.reset()
         except Exception as e:  # a compiler can fail in any way
@@ -480,27 +556,91 @@ def open_log(resuming, step0):
         raise UserError(f"cannot write in out_dir={out_dir}: {e.strerror}") from None
 
 
-def describe(model, world_size, sequences, n_windows, where):
+def open_board(resumed_id):
+    """The run at Weights & Biases, or None. A resumed run goes on under its id."""
+    if not wandb_project:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb_project needs a package: pip install wandb") from None
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        board = wandb.init(project=wandb_project, name=os.path.basename(os.path.abspath(out_dir)), dir=out_dir, id=resumed_id, resume="allow",
+                           config={k: globals()[k] for k in SETTINGS})
+    except (wandb.errors.Error, OSError) as e:
+        raise UserError(f"Weights & Biases: {str(e).splitlines()[0].rstrip('.')}; WANDB_MODE=offline keeps the log in {out_dir}") from None
+    board.define_metric("*", step_metric="step")  # its own counter does not go back to a checkpoint's step
+    return board
+
+
+def describe(model, world_size, sequences, n_windows, where, about=""):
     """What is about to happen."""
     cfg, tokens = model.cfg, max_steps * total_batch_size
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, context {cfg.block_size}, vocabulary {cfg.vocab_size:,}")
-    print("parameters: " + ", ".join(f"{k} {v:,}" for k, v in model.param_counts().items() if v))
+    print("parameters: " + ", ".join(f"{k} {v:,}" for k, v in model.param_counts().items()))
     print(f"batch: {total_batch_size:,} tokens = {world_size} process{'es' * (world_size > 1)} x {sequences} sequences x {block_size} tokens")
     passes = f" = {max_steps * sequences * world_size / n_windows:.2f} epochs" if n_windows else ""
-    print(f"run: {max_steps:,} steps = {tokens:,} tokens{passes}, {model.flops_per_token() * tokens:.2e} FLOPs" if max_steps else
+    print(f"run: {about}{max_steps:,} steps = {tokens:,} tokens{passes}, {model.flops_per_token() * tokens:.2e} FLOPs" if max_steps else
           f"run: {epochs:g} epochs; the data is not here yet, so the steps are not known")
     print(f"device: {where}", flush=True)
 
 
 def plan(world_size, sequences, model):
-    """--dry_run: the same, without weights, data or device."""
+    """--dry_run: the same, and what it costs, without weights, data or device."""
     folder = data if os.path.isdir(data) else text_folder()
-    known = dataset.read_manifest(folder) is not None
-    n_windows = DataLoader(folder, "train", 1, block_size, stride=stride).n_windows if known else 0
+    source = dataset.SOURCES.get(os.path.basename(data), {})
+    about, n_windows = "", 0
+    if dataset.read_manifest(folder):
+        n_windows = DataLoader(folder, "train", 1, block_size, stride=stride).n_windows
+    elif "tokens" in source:
+        n_windows = int(source["tokens"] * dataset.split_shares(source.get("splits", "100/0"))[0] / 100) // (stride or block_size)
+        about = "" if max_steps else "about "
     set_steps(n_windows, sequences * world_size)
     with torch.device("meta"):
         model = model or new_model(expected_tokens(folder))
-    describe(model, world_size, sequences, n_windows, "none: a dry run")
+    describe(model, world_size, sequences, n_windows, "none: a dry run", about)
+    # float32 weights, gradients, and two moments
+    n = model.param_counts()["total"] * 4
+    print(f"memory: {(n + 3 * n / (world_size if parallel == 'zero2' else 1)) / 2**30:.2f} GiB a process, and the activations")
+    for gpu in ("RTX 4090", "A100", "H100"):
+        seconds = model.flops_per_token() * max_steps * total_batch_size / (0.4 * PEAK_TFLOPS[gpu] * 1e12 * world_size)
+        price = f", ${dollars(seconds, world_size):,.2f} at ${usd_per_gpu_hour:g} a GPU-hour" if usd_per_gpu_hour else ""
+        print(f"cost: {about}{dataset.clock(seconds)} of {world_size} x {gpu} at 40% of its peak{price}")
+
+
+def dollars(seconds, world_size):
+    """8 GPUs at $20.50 an hour together are usd_per_gpu_hour=2.5625; 2.5 hours of them are $51.25."""
+    return seconds / 3600 * world_size * usd_per_gpu_hour
+
+
+def climb():
+    """--bench=ladder: every technique of LADDER on top of those before it, each run a process of its own."""
+    where = gpt.pick_device(device)
+    on_cuda = where.type == "cuda"
+    gpus = torch.cuda.device_count() if on_cuda else 1
+    absent = {"TF32": not on_cuda and "only CUDA has it", "more GPUs": gpus == 1 and f"there is one {where.type}",
+              "half precision": gpt.pick_dtype("auto", where) == torch.float32 and f"this {where.type} computes in float32"}
+    asked = {k: v for k, v in parse_command(sys.argv[1:]).items() if k != "bench"}
+    settings = {"total_batch_size": block_size * (64 if on_cuda else 1), **asked, "bench": 12 if on_cuda else 3}
+    rates = []
+    print(f"{'technique':<18}{'tokens/s':>12}{'step, ms':>12}{'MFU':>8}{'GiB':>8}{'gain':>8}{'in all':>8}")
+    for name, change in [*LADDER.items(), ("more GPUs", {"total_batch_size": settings["total_batch_size"] * gpus})]:
+        if absent.get(name):
+            print(f"{name:<18}{'-':>12}  {absent[name]}", flush=True)
+            continue
+        settings.update(change)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if name == "more GPUs" else []
+        done = subprocess.run([sys.executable, *torchrun, __file__, *(f"--{k}={v}" for k, v in settings.items())], capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name:<18}{'-':>12}  {(done.stderr.strip().splitlines() or ['it failed'])[-1]}", flush=True)
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        if settings["compile"] == "true" and not row["compiled"]:
+            print(f"{name:<18}{'-':>12}  there is no compiler for it here", flush=True)
+            continue
+        rates.append(row["tok_s"])
+        print(f"{name:<18}{rates[-1]:>12,}{row['ms']:>12,.0f}{row['mfu'] or 'n/a':>8}{row['mem_gb']:>8}{rates[-1] / rates[-2:][0]:>7.2f}x{rates[-1] / rates[0]:>7.2f}x", flush=True)
 
 
 def set_steps(n_windows, sequences):
@@ -542,7 +682,11 @@ def main():
 
     # processes: torchrun starts one a device and says so in the environment
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    first = rank == 0
+    first, zero2 = rank == 0, parallel == "zero2" and world_size > 1
+    if bench == "ladder":
+        return climb()
+    if zero2 and (optimizer != "adamw" or compile == "true"):
+        raise UserError("parallel=zero2 goes with optimizer=adamw, and without compile")
     raw, spec_wanted = initial_model(asked) if init_from and not ckpt else (None, None)
     sequences = divide_batch(world_size)  # a process and step
     if dry_run:
@@ -562,17 +706,17 @@ def main():
 
     # randomness and precision
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     amp_dtype = gpt.pick_dtype(dtype, where)
     amp_name = str(amp_dtype).removeprefix("torch.")
     autocast = lambda: torch.autocast(where.type, amp_dtype) if amp_dtype != torch.float32 else contextlib.nullcontext()
-    scaler = torch.amp.GradScaler(where.type, enabled=amp_dtype == torch.float16 and where.type == "cuda")
+    scaler = torch.amp.GradScaler(where.type, enabled=amp_dtype == torch.float16 and where.type != "mps")
 
     # data
-    n_windows = val_windows = 0
+    n_windows, held_out = 0, {}  # split -> its loader, and how many of its windows are judged
     if bench:
         spec, enc, fingerprint, n_tokens = None, None, None, expected_tokens(data if os.path.isdir(data) else text_folder())
         batch = torch.randint(n_tokens, (2, sequences, block_size), device=where)
@@ -589,12 +733,13 @@ def main():
             raise UserError(f"{init_from} was trained with tokenizer {spec_wanted['name']}; {folder} is in another, {spec['name']}")
         if ckpt and ckpt["data_fingerprint"] != fingerprint and not new_data:
             raise UserError(f"{folder} is not the data that {ckpt['path']} was trained on; --new_data goes on all the same")
-        try:
-            val = DataLoader(folder, "val", 1, block_size, vocab_size=n_tokens, device=where)
-            val_windows = min(val.n_windows, max(1, val_tokens // block_size))
-        except UserError as e:
-            if first and val_interval:
-                print(f"no validation: {e}")
+        for split, most in (("val", max(1, val_tokens // block_size)), ("test", math.inf)):
+            try:
+                held = DataLoader(folder, split, 1, block_size, vocab_size=n_tokens, device=where)
+                held_out[split] = held, min(held.n_windows, most)
+            except UserError as e:
+                if first and split == "val" and val_interval:
+                    print(f"no validation: {e}")
     set_steps(n_windows, sequences * world_size)
 
     # model: `raw` for everything but the training steps, which may run it compiled and in DDP's wrapper, as `model`
@@ -609,12 +754,13 @@ def main():
     if first:
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type}, {torch.get_num_threads()} threads"
         describe(raw, world_size, sequences, n_windows, f"{name}, {amp_name}")
-    B, model = fit(raw, where, autocast, sequences, ckpt and ckpt["micro_batch"], first)
+    B, model = fit(raw, where, autocast, sequences, ckpt and ckpt["micro_batch"], world_size if zero2 else 1, first)
+    compiled = model is not raw
     if world_size > 1:
         smallest = torch.tensor(B, device=where)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         B = int(smallest)
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model = shard(raw, where, world_size) if zero2 else torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     accumulate = sequences // B
     optimizers = make_optimizers(raw, where)
     if bench:
@@ -623,7 +769,7 @@ def main():
         loader.B, loader.vocab_size = B, n_tokens
 
     # where to begin
-    step0, evaluated, totals = 0, False, {"seconds": 0.0, "usd": 0.0}
+    step0, evaluated, totals, board, board_id = 0, False, {"seconds": 0.0, "usd": 0.0}, None, None
     last_val, best = {"step": -1, "val": math.inf}, {"step": -1, "val": math.inf}  # best: of the saved ones
     torch.manual_seed(seed + rank)  # dropout differs between processes
     resuming = ckpt is not None
@@ -633,36 +779,42 @@ def main():
             raise UserError(f"{ckpt['path']} is at step {step0}, past max_steps={max_steps}; raise max_steps")
         loader.load_state_dict(ckpt["loader"])
         for o, state in zip(optimizers, ckpt.pop("optimizers"), strict=True):
-            o.load_state_dict({**state, "param_groups": o.state_dict()["param_groups"]})  # the settings are those of now
+            o.load_state_dict({**scatter(state, o), "param_groups": o.state_dict()["param_groups"]})  # the settings are those of now
         if ckpt["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(ckpt["scaler"])
         if rank < len(ckpt["rng"]):
             set_rng(where, ckpt["rng"][rank])
+        board_id = ckpt.get("wandb")
         ckpt = state = None
     if total(step0)[0] != step0 * world_size:
         raise UserError("the processes found different checkpoints; out_dir must be the same folder for all of them")
     if first and not bench:
+        board = open_board(board_id)
         log = open_log(resuming, step0)
         log.write("# " + json.dumps({
             "recipe": recipe, "step": step0, "world_size": world_size, "micro_batch": B, "device": where.type, "dtype": amp_name,
             "parameters": n_parameters, "config": {k: globals()[k] for k in SETTINGS}}) + "\n")
-        print(f"micro-batch {B} x {accumulate} a step; log and checkpoints in {os.path.abspath(out_dir)}"
+        padded = f", every position a token (padded to the longest document, {loader.padded_share(B):.0%})" if B > 1 and loader.manifest else ""
+        print(f"micro-batch {B} x {accumulate} a step{padded}; log and checkpoints in {os.path.abspath(out_dir)}"
               + (f"; from step {step0}" if step0 else ""), flush=True)
 
     # what is done now and then
     def record(step, stream, value, line, **fields):
         log.write(f"{step} {stream} {value:.6f} " + " ".join(f"{k}={v}" for k, v in fields.items()) + "\n")
         dataset.say(line, again=stream == "train")
+        if board:
+            board.log({"step": step, stream: value, **{f"{stream}/{k}": float(v) for k, v in fields.items() if v != "n/a"}})
 
-    def validate(step):
+    def validate(step, split):
         """The loss over the same tokens at any number of processes. False if a stop was asked for meanwhile."""
         raw.eval()
         nats = tokens = n_bytes = 0
-        with torch.no_grad(), autocast():
-            for i in range(rank * B, val_windows, B * world_size):
+        held, windows = held_out[split]
+        with whole(raw), torch.no_grad(), autocast():
+            for i in range(rank * B, windows, B * world_size):
                 if stop_signal:
                     break
-                x, y = val.windows(range(i, min(i + B, val_windows)))
+                x, y = held.windows(range(i, min(i + B, windows)))
                 nats += raw(x, y)[1].item() * y.numel()
                 tokens += y.numel()
                 n_bytes += byte_count[y].sum().item() if enc else 0
@@ -671,15 +823,16 @@ def main():
         if stopped:
             return False
         loss, bpb = nats / tokens, nats / math.log(2) / n_bytes if n_bytes else math.nan
-        last_val.update(step=step, val=loss)
+        if split == "val":
+            last_val.update(step=step, val=loss)
         if first:
-            record(step, "val", loss, f"step {step}/{max_steps} | validation loss {loss:.4f} nats a token, {bpb:.4f} bits a byte",
+            record(step, split, loss, f"step {step}/{max_steps} | {dict(val='validation').get(split, split)} loss {loss:.4f} nats a token, {bpb:.4f} bits a byte",
                    bpb=f"{bpb:.6f}", tokens=int(tokens))
         return True
 
     def judge(step):
         """HellaSwag. False if a stop was asked for meanwhile."""
-        with autocast():
+        with whole(raw), autocast():
             right, n = hellaswag.evaluate(raw, enc, examples, rank, world_size, stop=lambda: stop_signal)
         right, n, stopped = total(right, n, stop_signal)
         if first and not stopped:
@@ -688,12 +841,13 @@ def main():
 
     def print_sample(step):
         tokens = [enc.eot_token] + enc.encode_ordinary(sample_prompt)
-        stream = raw.stream(torch.tensor([tokens], device=where), temperature=0.7, top_k=50, generator=torch.Generator(where).manual_seed(seed))
-        with autocast():
-            while len(tokens) < 200 and not stop_signal and (token := next(stream).item()) != enc.eot_token:
+        stream = raw.stream(torch.tensor([tokens], device=where), sample_temperature, top_k=50, generator=torch.Generator(where).manual_seed(seed))
+        with whole(raw), autocast():
+            while first and len(tokens) < 200 and not stop_signal and (token := next(stream).item()) != enc.eot_token:
                 tokens.append(token)
         stream.close()
-        dataset.say(f"sample at step {step}: {enc.decode(tokens[1:])}\n")
+        if first:
+            dataset.say(f"sample at step {step}: {enc.decode(tokens[1:])}\n")
 
     def save(step):
         if last_val["step"] == step and last_val["val"] < best["val"]:
@@ -702,13 +856,13 @@ def main():
         if world_size > 1:
             mine, states = states[0], [None] * world_size
             dist.all_gather_object(states, mine)
+        weights, moments = gather(raw.state_dict(), first), gather([o.state_dict() for o in optimizers], first)
         if first:
             path = save_checkpoint({
-                "version": gpt.CHECKPOINT_VERSION, "step": step, "evaluated": evaluated, "model": raw.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(), "rng": states,
-                "loader": loader.state_dict(), "micro_batch": B, "model_config": dataclasses.asdict(raw.cfg),
+                "version": gpt.CHECKPOINT_VERSION, "step": step, "evaluated": evaluated, "model": weights, "optimizers": moments,
+                "scaler": scaler.state_dict(), "rng": states, "loader": loader.state_dict(), "micro_batch": B, "model_config": dataclasses.asdict(raw.cfg),
                 "train_config": {k: globals()[k] for k in SETTINGS if k not in OF_ONE_START},
-                "tokenizer": spec, "data_fingerprint": fingerprint, "best": best,
+                "tokenizer": spec, "data_fingerprint": fingerprint, "best": best, "wandb": board and board.id,
                 "totals": {**totals, "tokens": step * total_batch_size, "flops": step * total_batch_size * flops_per_token}}, best)
             dataset.say(f"step {step}/{max_steps} | saved {path}")
 
@@ -737,9 +891,10 @@ def main():
     for step in range(step0, max_steps + 1):
         # what is due at this step, unless the checkpoint we began with already saw to it
         if not evaluated and not stop:
-            evaluated = not (val_windows and due(step, val_interval)) or validate(step)
+            evaluated = not ("val" in held_out and due(step, val_interval)) or validate(step, "val")
+            evaluated = evaluated and (not ("test" in held_out and step == max_steps) or validate(step, "test"))
             evaluated = evaluated and (not (examples and due(step, hella_interval)) or judge(step))
-            if evaluated and step and due(step, sample_interval) and enc and first:
+            if evaluated and step and due(step, sample_interval) and enc:
                 print_sample(step)
             stop = not evaluated
         if not bench and (step > step0 and due(step, ckpt_interval) or stop):
@@ -752,9 +907,12 @@ def main():
         loss = torch.zeros((), device=where)
         for micro in range(accumulate):
             x, y = loader.next_batch()
-            if world_size > 1:
+            last = micro == accumulate - 1
+            if zero2:
+                model.set_reshard_after_backward(last)
+            elif world_size > 1:
                 # Gradients travel with the last micro-batch only; DDP wants to know before the forward pass.
-                model.require_backward_grad_sync = micro == accumulate - 1
+                model.require_backward_grad_sync = last
             with autocast():
                 part = model(x, y)[1] / accumulate
             loss += part.detach()
@@ -764,7 +922,7 @@ def main():
             scaler.unscale_(o)
             for group in o.param_groups:
                 group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf).item()
+        norm = gather(torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf)).item()
         loss, stop = total(loss.item(), stop_signal)
         # A step that is not finite changes nothing. The scaler, where there is one, then tries a smaller scale.
         bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
@@ -780,15 +938,15 @@ def main():
 
         times.append(time.perf_counter() - began)
         totals["seconds"] += times[-1]
-        totals["usd"] += times[-1] / 3600 * world_size * usd_per_gpu_hour
+        totals["usd"] += dollars(times[-1], world_size)
         if first and due(step, log_interval):
             seconds = statistics.mean(times[-log_interval:])
             rate = total_batch_size / seconds
             mfu = f"{rate * flops_per_token / world_size / peak / 1e12:.4f}" if peak else "n/a"
             usd = {"usd": f"{totals['usd']:.4f}"} if usd_per_gpu_hour else {}
             record(step, "train", loss / world_size, f"step {step}/{max_steps} | loss {loss / world_size:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                   f"{seconds * 1000:.0f} ms | {rate:,.0f} tokens/s | mfu {mfu} | {dataset.clock((max_steps - step) * seconds)} left",
-                   lr=f"{lr:.4e}", norm=f"{norm:.4f}", ms=f"{seconds * 1000:.1f}", tok_s=f"{rate:.0f}", mfu=mfu, **usd)
+                   f"{seconds * 1000:.0f} ms | {1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | {dataset.clock((max_steps - step) * seconds)} left",
+                   lr=f"{lr:.4e}", norm=f"{norm:.4f}", ms=f"{seconds * 1000:.1f}", steps_s=f"{1 / seconds:.4g}", tok_s=f"{rate:.0f}", mfu=mfu, **usd)
 
     if first and bench and times:
         ms = statistics.median(times[len(times) // 3:]) * 1000
@@ -797,9 +955,11 @@ def main():
         print(json.dumps({
             "tok_s": round(rate), "ms": round(ms, 2), "mfu": mfu and round(mfu, 4), "peak_tflops": peak,
             "mem_gb": round(peak_memory_gb(where), 2), "world_size": world_size, "micro_batch": B, "dtype": amp_name,
-            "parameters": n_parameters}))
+            "compiled": compiled, "parameters": n_parameters}))
     elif first and not bench:
         log.close()
+        if board:
+            board.finish()
         cost = f", ${totals['usd']:.2f}" if usd_per_gpu_hour else ""
         dataset.say(f"{'stopped' if stop else 'done'} at step {step}: {totals['seconds'] / 60:.1f} minutes of training{cost}")
     code = 128 + stop_signal if stop_signal else 0
