@@ -82,12 +82,13 @@ class DataLoader:
     def padded_share(self, B):
         """
         What share of positions would hold a token, were a row not a window but a document, or T tokens of a longer one, and B
-        of them padded to the longest. Counted over the first million tokens.
+        of them padded to the longest. Counted over the first million tokens; None where they make no B rows.
         """
-        starts = np.flatnonzero(self.shards[0][:1_000_000] == self.manifest["eot"])
-        rows = np.array([min(self.T, n - i) for n in np.diff(starts).tolist() for i in range(0, n, self.T)])
+        tokens = self.shards[0][:1_000_000]
+        lengths = np.diff(np.flatnonzero(tokens == self.manifest["eot"]), append=len(tokens)).tolist()
+        rows = np.array([min(self.T, n - i) for n in lengths for i in range(0, n, self.T)])
         rows = rows[:len(rows) // B * B].reshape(-1, B)
-        return rows.sum() / max(1, B * rows.max(axis=1, initial=0).sum())
+        return rows.sum() / (B * rows.max(axis=1).sum()) if len(rows) else None
 
     def state_dict(self):
         return {"position": self.position}

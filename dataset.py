@@ -11,6 +11,7 @@ Killed at any instant and started again, the command goes on, to the same bytes.
 """
 import argparse
 import difflib
+import gc
 import glob
 import hashlib
 import heapq
@@ -19,6 +20,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -344,8 +346,11 @@ def open_sources(spec, weights=None, column="text", doc_sep=None):
     """"wikisource" -> [Source]; "toygpt" or "a.txt,b.jsonl" -> several, to be mixed by their weights"""
     mix = SOURCES.get(spec, {}).get("mix", {})
     names = list(mix) or ([spec] if os.path.exists(spec) else spec.split(","))
+    for name in names if len(names) > 1 else ():
+        if SOURCES.get(name, {}).keys() & {"mix", "max_bytes"}:
+            raise UserError(f"source {name} has settings of its own, and cannot be part of a mix")
     weights = weights or list(mix.values()) or [1.0] * len(names)
-    if len(weights) != len(names) or min(weights) <= 0:
+    if len(weights) != len(names) or not all(0 < w < math.inf for w in weights):
         raise UserError(f"--weights must be {len(names)} numbers above zero, one for each of {', '.join(names)}")
     sources = [open_source(name, column, doc_sep) for name in names]
     for source, weight in zip(sources, weights):
@@ -523,7 +528,7 @@ def read_dataset(spec, column, state, path, **where):
     except ConnectionError:
         raise UserError(f"cannot reach the Hugging Face hub for {spec}; check the network and run again, or work offline "
                         "from a local file: --source=FILE.txt, .jsonl or .parquet") from None
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as e:  # pyarrow's errors are ValueErrors
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as e:  # pyarrow's are ValueErrors; a script is a RuntimeError
         raise UserError(f"cannot read {spec}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
 
 
@@ -561,10 +566,11 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     if max_bytes:
         size = min(size or max_bytes, max_bytes)
     # val_tokens: the first tokens of the stream. By default a shard of a large source, else a tenth of the documents.
-    if val_tokens is None and not splits and min((n for n in (expected, size and size / 4) if n), default=0) > 20 * shard_tokens:  # about 4 bytes a token
+    about = min((n for n in (expected, size and size / 4) if n), default=0)  # about 4 bytes a token
+    if val_tokens is None and not splits and about > 20 * shard_tokens:
         val_tokens = shard_tokens
-    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint or "" for s in sources).strip(",") or None,
-                    tokenizer=tokenizer, column=column, doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
+    fingerprint = ",".join(s.fingerprint or "" for s in sources).strip(",") or None
+    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer, column=column, doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
                     weights=[s.weight for s in sources] if len(sources) > 1 else None, max_bytes=max_bytes, splits=splits)
     if bpe_size(tokenizer):
         settings.update(special=list(special), bpe_bytes=bpe_bytes)
@@ -668,11 +674,11 @@ def tokenize(sources, enc, out, progress, workers, size=None, expected=None):
         own.enc = tiktoken.Encoding(enc.name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks, special_tokens=enc._special_tokens)
 
     settings, shards = progress["settings"], progress["shards"]
-    lengths, val_tokens, max_bytes = token_bytes(enc), settings["val_tokens"], settings.get("max_bytes")
+    lengths, val_tokens, max_bytes = token_bytes(enc), settings["val_tokens"], settings["max_bytes"]
     writer = ShardWriter(out, settings["shard_tokens"], lengths, enc.eot_token, shards)
     count = lambda key, *splits: sum(s[key] for s in shards if s["split"] in (splits or ("train", "val", "test")))
     val_left = val_tokens and val_tokens - count("tokens", "val")
-    shares = split_shares(settings.get("splits") or "90/10") if val_tokens is None else (100, 0, 0)
+    shares = split_shares(settings["splits"] or "90/10") if val_tokens is None else (100, 0, 0)
     started, saved, done = time.time(), time.time(), count("tokens")
     with ThreadPoolExecutor(workers, initializer=start) as pool:
         submit = lambda pieces: pool.submit(lambda: encode_pieces(own.enc, pieces))
@@ -694,6 +700,9 @@ def tokenize(sources, enc, out, progress, workers, size=None, expected=None):
                 write_json(os.path.join(out, PROGRESS), progress)
                 report(count("tokens"), count("bytes"), done, now - started, size, expected)
     writer.finish()
+    for stream in streams:
+        stream.close()
+    gc.collect()  # a parquet reader that is left half-way, in a cycle, can abort Python's exit (huggingface/datasets 7467)
 
 
 def encoded(source, at, shares, submit, depth, by_document):
@@ -708,10 +717,12 @@ def encoded(source, at, shares, submit, depth, by_document):
             if (batch := next(batches, None)) is None:
                 batches = None
                 break
-            parts = {"val": [], "test": [], "train": []}
-            for i, piece in enumerate(batch[0], n):
-                parts[split_of(i, shares)].append(piece)
-            waiting.append(([(split, submit(part)) for split, part in parts.items() if part], dict(state=state, pieces=n)))
+            parts = {}
+            for i, (text, begins) in enumerate(batch[0], n):
+                split = split_of(i, shares)
+                # A piece of a long document that does not follow its predecessor begins a document there.
+                parts.setdefault(split, []).append((text, begins or split != split_of(i - 1, shares)))
+            waiting.append(([(split, submit(part)) for split, part in parts.items()], dict(state=state, pieces=n)))
             state, n = batch[1], n + len(batch[0])
         if not waiting:
             return
@@ -836,12 +847,12 @@ def main():
     p = Parser(prog="dataset.py", description=__doc__)
     p.add_argument("--source", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], or .txt, .jsonl, .parquet files, 'dir/*.txt'; "
                    "several, separated by commas, are mixed (%(default)s)")
-    p.add_argument("--weights", type=lambda text: [float(w) for w in text.split(",")], help="tokens of each source of a mix, relative to the others: 3,1 (equal)")
+    p.add_argument("--weights", type=numbers, help="tokens of each source of a mix, relative to the others: 3,1 (equal)")
     p.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (gpt2)")
     p.add_argument("--out", help="folder for the shards (data/NAME)")
     p.add_argument("--column", help="the column with the text, in tables (%(default)s)")
     p.add_argument("--doc_sep", help=r"what separates the documents of a text file, \n for a newline (blank lines)")
-    p.add_argument("--max_bytes", type=integer, help="stop with the document that reaches this much text (all of it)")
+    p.add_argument("--max_bytes", type=integer, help="stop with the document, or the part of a long one, that reaches this much text (all of it)")
     p.add_argument("--splits", help="percentages of the documents for train, val and test: 98/1/1 (90/10, but see --val_tokens)")
     p.add_argument("--val_tokens", type=integer, help="instead of --splits: the first tokens are for validation (the first shard of a large source)")
     p.add_argument("--shard_tokens", type=integer, help="tokens a shard (%(default)s)")
@@ -850,6 +861,11 @@ def main():
     p.add_argument("--workers", type=integer, help="threads that tokenize (all cores)")
     p.set_defaults(**{k: v.default for k, v in inspect.signature(prepare).parameters.items()})
     prepare(**vars(p.parse_args()))
+
+
+def numbers(text):
+    """"3,1" -> [3.0, 1.0]"""
+    return [float(w) for w in text.split(",")]
 
 
 def integer(text):

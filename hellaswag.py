@@ -1,14 +1,17 @@
 """
-HellaSwag (Zellers et al., 2019): which of four endings continues the context? Chance is 0.25; GPT-2 124M scores 0.2955 by
-the measure used here, the average loss of an ending's tokens.
+HellaSwag (Zellers et al., 2019): which of four endings continues the context? Chance is 0.25.
 
     python hellaswag.py                     # the newest checkpoint
     python hellaswag.py --ckpt gpt2 --data hellaswag_val.jsonl --limit 1000
+
+Three measures of an ending are in use, and give three scores: the sum of its tokens' log-probabilities (acc), their average
+(build-nanogpt's acc_norm: GPT-2 124M scores 0.2955), and the sum over its length in bytes (lm-evaluation-harness's acc_norm).
 """
 import json
 import sys
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import dataset
@@ -47,14 +50,22 @@ def read_examples(path, limit=None):
     return examples
 
 
+def split_example(example, enc, block_size=1024):
+    """
+    -> the context's tokens, and each ending's. An ending follows its context after a space. What is too long for block_size
+    loses the beginning of its context, and an ending longer than that its own end.
+    """
+    context, *endings = enc.encode_ordinary_batch([example["ctx"], *(" " + e for e in example["endings"])], num_threads=1)
+    endings = [e[:block_size - 1] for e in endings]
+    return context[-(block_size - max(map(len, endings))):] or [enc.eot_token], endings
+
+
 def render_example(example, enc, block_size=1024):
     """
     One example -> tokens (4, N), mask (4, N) that is 1 where a row's ending stands, and the right row. Rows share the context
-    and are padded with zeros. An ending follows its context after a space. What is too long for block_size loses the
-    beginning of its context, and an ending longer than that its own end.
+    and are padded with zeros.
     """
-    endings = [enc.encode_ordinary(" " + e)[:block_size - 1] for e in example["endings"]]
-    context = enc.encode_ordinary(example["ctx"])[-(block_size - max(map(len, endings))):]
+    context, endings = split_example(example, enc, block_size)
     N = len(context) + max(map(len, endings))
     tokens, mask = torch.zeros(4, N, dtype=torch.long), torch.zeros(4, N, dtype=torch.long)
     for row, ending in enumerate(endings):
@@ -63,24 +74,99 @@ def render_example(example, enc, block_size=1024):
     return tokens, mask, int(example["label"])
 
 
+class Batch:
+    """
+    Examples as rows of one tensor. A row is its context and then its four endings one after the other, each without its last
+    token, which is only ever a target. The mask hides the endings from one another, and each goes on at the position after the
+    context: so the context is computed once for the four.
+    """
+
+    def __init__(self, examples, device):
+        rows, at, segments, reads, targets = [], [], [], [], []
+        for r, (context, endings, _, _) in enumerate(examples):
+            row, positions, segment = list(context), list(range(len(context))), [0] * len(context)
+            for i, ending in enumerate(endings):
+                # the first token is read off the context's last place, every other one off its predecessor
+                reads += [(r, len(context) - 1, i)] + [(r, len(row) + j, i) for j in range(len(ending) - 1)]
+                targets += ending
+                row += ending[:-1]
+                positions += range(len(context), len(context) + len(ending) - 1)
+                segment += [i + 1] * (len(ending) - 1)
+            rows.append(row), at.append(positions), segments.append(segment)
+        pad = lambda lists, fill: nn.utils.rnn.pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=fill).to(device)
+        self.idx, self.positions, segment = pad(rows, 0), pad(at, 0), pad(segments, 0)
+        L = self.idx.size(1)
+        same = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, asking, asked)
+        self.mask = (same & torch.ones(L, L, dtype=torch.bool, device=device).tril())[:, None]  # (B, 1, L, L)
+        self.reads, self.targets = torch.tensor(reads, device=device), torch.tensor(targets, device=device)
+        self.bytes = torch.tensor([n for _, _, n, _ in examples], device=device)  # (B, 4)
+        self.labels = torch.tensor([label for *_, label in examples], device=device)
+
+
+def ending_losses(model, batch):
+    """-> the sum of each ending's token losses, and how many tokens it has, (B, 4) and (B, 4)"""
+    row, place, ending = batch.reads.T
+    x = model.hidden(batch.idx, batch.positions, batch.mask)[row, place]  # only where an ending is read: (reads, C)
+    losses = []
+    for part, target in zip(x.split(CHUNK[x.device.type == "cuda"]), batch.targets.split(CHUNK[x.device.type == "cuda"])):
+        losses.append(F.cross_entropy(model.logits(part).float(), target, reduction="none"))
+    losses = torch.cat(losses)
+    sums, counts = (torch.zeros(batch.bytes.numel(), device=x.device) for _ in range(2))
+    sums.index_add_(0, row * 4 + ending, losses)
+    counts.index_add_(0, row * 4 + ending, torch.ones_like(losses))
+    return sums.view(-1, 4), counts.view(-1, 4)
+
+
+CHUNK = {False: 64, True: 8192}  # places whose logits are computed at once: on a CPU they stay in its cache, on CUDA they fill it
+BUDGET = {False: 2048, True: 65536}  # tokens of a batch
+
+
+def encode(examples, enc, block_size):
+    """Each example as (context, endings, bytes of the endings, label), which batches are made of; once for many evaluations."""
+    return [(*split_example(e, enc, block_size), [len(ending.encode()) for ending in e["endings"]], int(e["label"])) for e in examples]
+
+
 @torch.no_grad()
-def evaluate(model, enc, examples, rank=0, world_size=1, stop=lambda: False):
-    """-> how many of this process's share are right, and how many there are. `stop` is asked between examples."""
+def score(model, encoded, rank=0, world_size=1, stop=lambda: False, progress=None):
+    """
+    -> how many of this process's share are right by the sum, by the average token and by the average byte, and how many there
+    are. `stop` is asked between batches; `progress` is told.
+    """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    right = n = 0
-    for example in examples[rank::world_size]:
+    size = lambda e: len(e[0]) + sum(len(ending) - 1 for ending in e[1])
+    batches, width = [], 0
+    for e in sorted(encoded, key=size, reverse=True):  # the longest first: what fits is known at once
+        if not batches or (len(batches[-1]) + 1) * width > BUDGET[device.type == "cuda"]:
+            batches.append([])
+            width = size(e)
+        batches[-1].append(e)
+    right, n = torch.zeros(3, device=device), 0
+    for examples in batches[rank::world_size]:
         if stop():
             break
-        tokens, mask, label = render_example(example, enc, model.cfg.block_size)
-        tokens, mask = tokens.to(device), mask.to(device)
-        logits = model(tokens, tokens)[0]  # (4, N) -> (4, N, vocab)
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
-        scored = mask[:, 1:]
-        right += int(((losses * scored).sum(1) / scored.sum(1)).argmin() == label)
-        n += 1
+        batch = Batch(examples, device)
+        sums, counts = ending_losses(model, batch)
+        for i, losses in enumerate((sums, sums / counts, sums / batch.bytes)):
+            right[i] += (losses.argmin(dim=1) == batch.labels).sum()
+        n += len(examples)
+        if progress:
+            progress(right, n)
     model.train(was_training)
-    return right, n
+    return *(int(r) for r in right), n
+
+
+def evaluate(model, enc, examples, rank=0, world_size=1):
+    """-> how many of this process's share of the examples are right by each of the three measures, and how many there are"""
+    return score(model, encode(examples, enc, model.cfg.block_size), rank, world_size)
+
+
+def summary(right, n):
+    """[3, 4, 4], 10 -> "acc 0.3000 +- 0.1449, ...": each share with its standard error"""
+    return ", ".join(f"{name} {r / n:.4f} +- {(r / n * (1 - r / n) / n) ** 0.5:.4f}" for name, r in zip(MEASURES, right))
+
+
+MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
 
 
 def main():
@@ -96,14 +182,9 @@ def main():
         raise UserError(f"--limit={a.limit} must be at least 1")
     examples = read_examples(a.data or download(), a.limit)
     model, spec, about = gpt.open_model(a.ckpt, a.out_dir, a.device, a.dtype)
-    enc = dataset.get_tokenizer(spec)
-    right = n = 0
-    for start in range(0, len(examples), 50):
-        r, m = evaluate(model, enc, examples[start:start + 50])
-        right, n = right + r, n + m
-        dataset.say(f"{n}/{len(examples)}: {right / n:.4f}", again=True)
-    error = (right / n * (1 - right / n) / n) ** 0.5
-    dataset.say(f"HellaSwag of {about}: {right}/{n} = {right / n:.4f} +- {error:.4f} by average token loss")
+    encoded = encode(examples, dataset.get_tokenizer(spec), model.cfg.block_size)
+    *right, n = score(model, encoded, progress=lambda right, n: dataset.say(f"{n}/{len(examples)}: {summary(right.tolist(), n)}", again=True))
+    dataset.say(f"HellaSwag of {about}, {n:,} examples: {summary(right, n)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ GPT-2 (Radford et al., 2019), with the few switches by which its descendants dif
 The defaults of GPTConfig are GPT-2 124M. Parameter names are those of Hugging Face and nanoGPT
 (transformer.wte.weight, transformer.h.0.attn.c_attn.weight, ...), so weights travel both ways.
 """
+import functools
 import importlib.util
 import json
 import math
@@ -116,36 +117,48 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def reference_attention(q, k, v, dropout=0.0):
+def reference_attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(hs)) v over the past: what the fused kernel computes, one step a line."""
-    T = q.size(-2)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, hs) x (B, nh, hs, T) -> (B, nh, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
+    T, S = q.size(-2), k.size(-2)  # the last T of S positions ask
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
     return F.dropout(weights, dropout, training=dropout > 0).to(v.dtype) @ v  # -> (B, nh, T, hs)
 
 
-class CausalSelfAttention(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias and cfg.qkv_bias)
-        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+class Linear(nn.Linear):
+    def forward(self, x):
+        # One row at a time, a CPU reads half-precision weights twice as fast. Where it cannot multiply in them, many rows are
+        # eight times slower than in float32, so that it pays to widen first.
+        if x.device.type == "cpu" and self.weight.dtype in (torch.bfloat16, torch.float16) and x.numel() >= 8 * x.size(-1) and not cpu_has_bfloat16():
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float()).to(x.dtype)
+        return super().forward(x)
 
-    def forward(self, x, rotary):
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias and cfg.qkv_bias)
+        self.c_proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x, rotary, mask, cache):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.cfg.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, T, C) -> (B, nh, T, hs)
         if self.cfg.qk_norm:
             q, k = (F.rms_norm(t, (t.size(-1),)) for t in (q, k))
         if rotary is not None:
-            cos, sin = (t[:T].to(q.dtype) for t in rotary)
+            cos, sin = (t.to(q.dtype) for t in rotary)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.add(self.layer, k, v)
         dropout = self.cfg.dropout if self.training else 0.0
         if self.cfg.attention == "fused":
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
         else:
-            y = reference_attention(q, k, v, dropout)
+            y = reference_attention(q, k, v, mask, dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, nh, T, hs) -> (B, T, C)
 
 
@@ -153,8 +166,8 @@ class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.act = cfg.act
-        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
-        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.c_fc = Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
         x = self.c_fc(x)  # (B, T, C) -> (B, T, 4C)
@@ -166,16 +179,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer):
         super().__init__()
         self.cfg = cfg
         self.ln_1 = make_norm(cfg)
-        self.attn = CausalSelfAttention(cfg)
+        self.attn = CausalSelfAttention(cfg, layer)
         self.ln_2 = make_norm(cfg)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rotary):
-        x = x + F.dropout(self.attn(self.ln_1(x), rotary), self.cfg.dropout, self.training)
+    def forward(self, x, rotary, mask=None, cache=None):
+        x = x + F.dropout(self.attn(self.ln_1(x), rotary, mask, cache), self.cfg.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln_2(x)), self.cfg.dropout, self.training)
 
 
@@ -189,10 +202,10 @@ class GPT(nn.Module):
         if cfg.pos == "learned":
             self.transformer["wpe"] = nn.Embedding(cfg.block_size, C)
         self.transformer.update({
-            "h": nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
+            "h": nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer)),
             "ln_f": make_norm(cfg),
         })
-        self.lm_head = nn.Linear(C, cfg.vocab_size, bias=cfg.head_bias)
+        self.lm_head = Linear(C, cfg.vocab_size, bias=cfg.head_bias)
         if cfg.tie_head:
             self.lm_head.weight = self.transformer.wte.weight
         if cfg.pos == "sinusoidal":
@@ -217,25 +230,36 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx (B, T) -> logits (B, T, vocab) and the mean loss over targets >= 0; without targets the last position's logits only."""
-        B, T = idx.shape
-        assert T <= self.cfg.block_size, f"{T} tokens are more than block_size={self.cfg.block_size}"
-        x = self.transformer.wte(idx)  # (B, T) -> (B, T, C)
-        if self.cfg.pos == "learned":
-            x = x + self.transformer.wpe.weight[:T]
-        elif self.cfg.pos == "sinusoidal":
-            x = x + self.sinusoids[:T]
-        x = F.dropout(x, self.cfg.dropout, self.training)
-        rotary = self.rotary if self.cfg.pos == "rotary" else None
-        for block in self.transformer.h:
-            if self.grad_checkpoint and self.training:
-                x = checkpoint(block, x, rotary, use_reentrant=False)
-            else:
-                x = block(x, rotary)
-        x = self.transformer.ln_f(x)
+        x = self.hidden(idx)
         if targets is None:
             return self.logits(x[:, -1:]), None
         logits = self.logits(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def hidden(self, idx, positions=None, mask=None, cache=None):
+        """
+        idx (B, T) -> what the head reads, (B, T, C). Positions, (T,) or (B, T), are 0 to T-1 unless given; the mask, True where a
+        position may attend to another, is causal unless given. A cache adds what it holds to what is attended to.
+        """
+        T = idx.size(1)
+        assert T <= self.cfg.block_size or positions is not None, f"{T} tokens are more than block_size={self.cfg.block_size}"
+        at = slice(T) if positions is None else positions
+        x = self.transformer.wte(idx)  # (B, T) -> (B, T, C)
+        if self.cfg.pos == "learned":
+            x = x + self.transformer.wpe.weight[at]
+        elif self.cfg.pos == "sinusoidal":
+            x = x + self.sinusoids[at]
+        x = F.dropout(x, self.cfg.dropout, self.training)
+        rotary = None
+        if self.cfg.pos == "rotary":
+            rotary = self.rotary[:, at]  # (2, T, hs/2) or, with a row's own positions, (2, B, T, hs/2) -> (2, B, 1, T, hs/2)
+            rotary = rotary.unsqueeze(2) if rotary.dim() == 4 else rotary
+        for block in self.transformer.h:
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+            else:
+                x = block(x, rotary, mask, cache)
+        return self.transformer.ln_f(x)
 
     def logits(self, x):
         logits = self.lm_head(x)  # (B, T, C) -> (B, T, vocab)
@@ -276,18 +300,51 @@ class GPT(nn.Module):
     # -- what it says
 
     @torch.inference_mode()
-    def stream(self, idx, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """Yields the next token of every row, (B, 1), without end. The window slides over the last block_size tokens."""
-        was_training = self.training
+    def stream(self, prompts, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """
+        prompts (B, T), or a list of B rows of any length, of one token at least. Yields the next token of every row, (B, 1),
+        without end. A row at the end of its context goes on from the last half of it. Nothing waits for the device.
+        """
+        was_training, device = self.training, self.transformer.wte.weight.device
+        prompts = [torch.as_tensor(p, device=device)[-self.cfg.block_size:] for p in prompts]
+        cache, new = Cache(self, len(prompts)), []
         self.eval()
         try:
+            x = self.read(prompts, cache)
             while True:
-                logits, _ = self(idx[:, -self.cfg.block_size:])
-                token = sample(logits[:, -1, :self.cfg.n_tokens], temperature, top_k, top_p, generator)
-                idx = torch.cat((idx, token), dim=1)
-                yield token
+                logits = self.logits(x)[:, :self.cfg.n_tokens]
+                new.append(sample(logits, temperature, top_k, top_p, generator))
+                yield new[-1]
+                if max(cache.lengths) < self.cfg.block_size:
+                    x = self.step(new[-1], cache)
+                else:
+                    keep = [n + 1 if n < self.cfg.block_size else max(1, n // 2) for n in cache.lengths]
+                    rows = [torch.cat((p, t))[-n:] for p, t, n in zip(prompts, torch.cat(new, dim=1), keep)]
+                    x = self.read(rows, cache)
         finally:
             self.train(was_training)
+
+    def read(self, rows, cache):
+        """Fills the cache with these rows of tokens, all in one pass.  -> what the head reads at the end of each, (B, C)"""
+        lengths = [len(row) for row in rows]
+        idx = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # what is padded at the end, nothing before it can see
+        cache.lengths, cache.at = [0] * len(rows), slice(idx.size(1))
+        x = self.hidden(idx, cache=cache)  # (B, T, C)
+        cache.lengths = lengths
+        return x[torch.arange(len(rows), device=x.device), torch.tensor(lengths, device=x.device) - 1]
+
+    def step(self, token, cache):
+        """One more token a row, (B, 1).  -> what the head reads there, (B, C)"""
+        shortest, longest = min(cache.lengths), max(cache.lengths)
+        if shortest == longest:
+            cache.at, positions, mask = slice(longest, longest + 1), torch.tensor([longest], device=token.device), None
+        else:
+            cache.at = torch.tensor(cache.lengths, device=token.device)
+            positions = cache.at[:, None]  # (B, 1)
+            mask = (torch.arange(longest + 1, device=token.device) <= positions)[:, None, None]  # (B, 1, 1, S)
+        x = self.hidden(token, positions, mask, cache)
+        cache.lengths = [n + 1 for n in cache.lengths]
+        return x[:, -1]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """idx (B, T) -> (B, T + max_new_tokens): the prompt and its continuation."""
@@ -325,21 +382,44 @@ class GPT(nn.Module):
         return model
 
 
+class Cache:
+    """The keys and values of B rows, room for block_size tokens each. `lengths` says how many tokens of each row are in it."""
+
+    def __init__(self, model, B):
+        cfg, weight = model.cfg, model.transformer.wte.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        shape = (cfg.n_layer, B, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
+        self.lengths = [0] * B
+        self.at = None  # where the next keys and values go: a slice, or a place for each row
+
+    def add(self, layer, k, v):
+        """k and v (B, nh, T, hs) go to where `at` says.  -> all that a layer holds up to there, (B, nh, S, hs)"""
+        if isinstance(self.at, slice):
+            end = self.at.stop
+            self.k[layer, :, :, self.at], self.v[layer, :, :, self.at] = k, v
+        else:
+            end, rows = max(self.lengths) + 1, torch.arange(len(self.lengths), device=k.device)
+            self.k[layer, rows, :, self.at], self.v[layer, rows, :, self.at] = k[:, :, 0].to(self.k.dtype), v[:, :, 0].to(self.v.dtype)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """logits (B, vocab) -> one token a row, (B, 1). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits, ids = logits.float() / temperature, None
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        logits, ids = logits.topk(min(top_k, logits.size(-1)))
+    elif top_p is not None and top_p < 1:
+        logits, ids = logits.sort(dim=-1, descending=True)
     probs = logits.softmax(dim=-1)
     if top_p is not None and top_p < 1:
         # keep the smallest set of tokens whose probability reaches top_p: drop those that come after it is reached
-        ordered, order = probs.sort(dim=-1, descending=True)
-        ordered[:, 1:][(ordered.cumsum(dim=-1) - ordered)[:, 1:] >= top_p] = 0
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-    return torch.multinomial(probs, 1, generator=generator)
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
+    choice = torch.multinomial(probs, 1, generator=generator)
+    return choice if ids is None else ids.gather(-1, choice)
 
 
 # -- the machine
@@ -364,11 +444,13 @@ def pick_dtype(name, device):
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
-        if cpu.get("avx512_bf16") or cpu.get("amx_bf16"):
-            return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+
+
+@functools.cache
+def cpu_has_bfloat16():
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
 # -- files

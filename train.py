@@ -118,7 +118,8 @@ RECIPES = {
     "gpt2-custom": dict(data="data/fineweb", warmup_steps=768),
     "custom-gpt": dict(
         **CONFIGS["custom-gpt"], data="data/custom-gpt", tokenizer="bpe:50000", total_batch_size=64 * 512, epochs=3, max_lr=1e-4, min_lr=0.0,
-        warmup_steps=1000, dtype="float16", parallel="zero2", val_interval=1000, val_tokens=1_000_000, sample_interval=5000, hella_interval=5000, log_interval=10),
+        warmup_steps=1000, dtype="float16", parallel="zero2", val_interval=1000, val_tokens=1_000_000, sample_interval=5000,
+        hella_interval=5000, log_interval=10),
     # What toygpt leaves to its command line is GPT-3's for these sizes (Brown et al., 2020, table 2.1), at half the batch.
     **{f"toygpt-{size}": dict(
         **CONFIGS[f"toygpt-{size}"], data="data/toygpt", total_batch_size=512 * 512, epochs=1, max_lr=lr, min_lr=lr / 10, warmup_steps=300,
@@ -178,7 +179,7 @@ def configure(argv):
         settings.update(layer)
     for k, v in settings.items():
         check(k, v)
-    if re.fullmatch(r"\d+", settings["bench"]):  # the bare steps
+    if re.fullmatch(r"[1-9]\d*", settings["bench"]):  # the bare steps
         settings.update(max_steps=int(settings["bench"]), **{k: 0 for k in settings if k.endswith("_interval")})
     elif settings["bench"] not in ("", "ladder"):
         raise UserError(f"bench={settings['bench']!r} must be a number of steps, or ladder")
@@ -219,7 +220,7 @@ def convert(name, value):
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-        if kind is str and isinstance(value, (str, bool)):
+        if kind is str and isinstance(value, (str, bool, int)):  # JSON's true and 20
             return value if isinstance(value, str) else str(value).lower()
         if kind in (int, float) and not isinstance(value, bool) and math.isfinite(number := float(value)) and number == kind(number):
             return kind(number)
@@ -438,13 +439,21 @@ def shard(model, device, world_size):
 
 @contextlib.contextmanager
 def whole(model):
-    """The weights in full on every process, so that each may use the model at its own pace; nothing to do but for zero2."""
-    parts = [m for m in model.modules() if hasattr(m, "unshard")]
-    for part in parts:
-        part.unshard()
-    yield
-    for part in parts:
-        part.reshard()
+    """
+    The model with all its weights, so that every process may use it at its own pace. For zero2 a copy of it, put together for the
+    occasion: in the model itself every forward pass counts, on all processes, in the order in which weights are fetched.
+    """
+    if not hasattr(model, "unshard"):
+        yield model
+        return
+    with torch.device("meta"):
+        copy = GPT(model.cfg)
+    copy.load_state_dict({k: p.full_tensor() for k, p in model.named_parameters()}, strict=False, assign=True)
+    if model.cfg.tie_head:
+        copy.lm_head.weight = copy.transformer.wte.weight
+    for name, buffer in model.named_buffers():
+        setattr(copy, name, buffer)
+    yield copy
 
 
 def gather(tree, keep=True):
@@ -562,13 +571,14 @@ def open_board(resumed_id):
         return None
     try:
         import wandb
-    except ImportError:
+        wandb.init  # not in a mere folder of that name, such as it leaves behind
+    except (ImportError, AttributeError):
         raise UserError("--wandb_project needs a package: pip install wandb") from None
     try:
         os.makedirs(out_dir, exist_ok=True)
         board = wandb.init(project=wandb_project, name=os.path.basename(os.path.abspath(out_dir)), dir=out_dir, id=resumed_id, resume="allow",
                            config={k: globals()[k] for k in SETTINGS})
-    except (wandb.errors.Error, OSError) as e:
+    except (wandb.errors.Error, OSError, ValueError) as e:
         raise UserError(f"Weights & Biases: {str(e).splitlines()[0].rstrip('.')}; WANDB_MODE=offline keeps the log in {out_dir}") from None
     board.define_metric("*", step_metric="step")  # its own counter does not go back to a checkpoint's step
     return board
@@ -600,10 +610,12 @@ def plan(world_size, sequences, model):
     with torch.device("meta"):
         model = model or new_model(expected_tokens(folder))
     describe(model, world_size, sequences, n_windows, "none: a dry run", about)
-    # float32 weights, gradients, and two moments
-    n = model.param_counts()["total"] * 4
-    print(f"memory: {(n + 3 * n / (world_size if parallel == 'zero2' else 1)) / 2**30:.2f} GiB a process, and the activations")
-    for gpu in ("RTX 4090", "A100", "H100"):
+    # All in float32. AdamW has two moments, Muon one; zero2 holds its share of the weights beside all of them.
+    n = model.param_counts()["total"]
+    of_muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) if optimizer == "muon" else 0
+    kept = 4 * n - of_muon if parallel == "ddp" or world_size == 1 else n + 4 * n / world_size
+    print(f"memory: {4 * kept / 2**30:.2f} GiB a process, and the activations")
+    for gpu in ("RTX 4090", "A100", "H100") if max_steps else ():
         seconds = model.flops_per_token() * max_steps * total_batch_size / (0.4 * PEAK_TFLOPS[gpu] * 1e12 * world_size)
         price = f", ${dollars(seconds, world_size):,.2f} at ${usd_per_gpu_hour:g} a GPU-hour" if usd_per_gpu_hour else ""
         print(f"cost: {about}{dataset.clock(seconds)} of {world_size} x {gpu} at 40% of its peak{price}")
@@ -638,9 +650,11 @@ def climb():
         row = json.loads(done.stdout.splitlines()[-1])
         if settings["compile"] == "true" and not row["compiled"]:
             print(f"{name:<18}{'-':>12}  there is no compiler for it here", flush=True)
+            settings["compile"] = "false"
             continue
         rates.append(row["tok_s"])
-        print(f"{name:<18}{rates[-1]:>12,}{row['ms']:>12,.0f}{row['mfu'] or 'n/a':>8}{row['mem_gb']:>8}{rates[-1] / rates[-2:][0]:>7.2f}x{rates[-1] / rates[0]:>7.2f}x", flush=True)
+        gains = f"{rates[-1] / rates[-2:][0]:>7.2f}x{rates[-1] / rates[0]:>7.2f}x"
+        print(f"{name:<18}{rates[-1]:>12,}{row['ms']:>12,.0f}{row['mfu'] or 'n/a':>8}{row['mem_gb']:>8}{gains}", flush=True)
 
 
 def set_steps(n_windows, sequences):
@@ -684,6 +698,8 @@ def main():
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     first, zero2 = rank == 0, parallel == "zero2" and world_size > 1
     if bench == "ladder":
+        if world_size > 1:
+            raise UserError("--bench=ladder starts its own processes; run it without torchrun")
         return climb()
     if zero2 and (optimizer != "adamw" or compile == "true"):
         raise UserError("parallel=zero2 goes with optimizer=adamw, and without compile")
@@ -738,8 +754,8 @@ def main():
                 held = DataLoader(folder, split, 1, block_size, vocab_size=n_tokens, device=where)
                 held_out[split] = held, min(held.n_windows, most)
             except UserError as e:
-                if first and split == "val" and val_interval:
-                    print(f"no validation: {e}")
+                if first and (val_interval if split == "val" else f'"{split}"' in json.dumps(loader.manifest)):
+                    print(f"no {split} loss: {e}")
     set_steps(n_windows, sequences * world_size)
 
     # model: `raw` for everything but the training steps, which may run it compiled and in DDP's wrapper, as `model`
@@ -794,7 +810,8 @@ def main():
         log.write("# " + json.dumps({
             "recipe": recipe, "step": step0, "world_size": world_size, "micro_batch": B, "device": where.type, "dtype": amp_name,
             "parameters": n_parameters, "config": {k: globals()[k] for k in SETTINGS}}) + "\n")
-        padded = f", every position a token (padded to the longest document, {loader.padded_share(B):.0%})" if B > 1 and loader.manifest else ""
+        padded = loader.padded_share(B) if B > 1 and loader.manifest else None
+        padded = f", every position a token (padded to the longest document, {padded:.0%})" if padded else ""
         print(f"micro-batch {B} x {accumulate} a step{padded}; log and checkpoints in {os.path.abspath(out_dir)}"
               + (f"; from step {step0}" if step0 else ""), flush=True)
 
@@ -807,15 +824,15 @@ def main():
 
     def validate(step, split):
         """The loss over the same tokens at any number of processes. False if a stop was asked for meanwhile."""
-        raw.eval()
         nats = tokens = n_bytes = 0
         held, windows = held_out[split]
-        with whole(raw), torch.no_grad(), autocast():
+        with whole(raw) as judged, torch.no_grad(), autocast():
+            judged.eval()
             for i in range(rank * B, windows, B * world_size):
                 if stop_signal:
                     break
                 x, y = held.windows(range(i, min(i + B, windows)))
-                nats += raw(x, y)[1].item() * y.numel()
+                nats += judged(x, y)[1].item() * y.numel()
                 tokens += y.numel()
                 n_bytes += byte_count[y].sum().item() if enc else 0
         raw.train()
@@ -826,26 +843,27 @@ def main():
         if split == "val":
             last_val.update(step=step, val=loss)
         if first:
-            record(step, split, loss, f"step {step}/{max_steps} | {dict(val='validation').get(split, split)} loss {loss:.4f} nats a token, {bpb:.4f} bits a byte",
-                   bpb=f"{bpb:.6f}", tokens=int(tokens))
+            name = "validation" if split == "val" else split
+            record(step, split, loss, f"step {step}/{max_steps} | {name} loss {loss:.4f} nats a token, {bpb:.4f} bits a byte", bpb=f"{bpb:.6f}", tokens=int(tokens))
         return True
 
     def judge(step):
         """HellaSwag. False if a stop was asked for meanwhile."""
-        with whole(raw), autocast():
-            right, n = hellaswag.evaluate(raw, enc, examples, rank, world_size, stop=lambda: stop_signal)
-        right, n, stopped = total(right, n, stop_signal)
+        with whole(raw) as judged, autocast():
+            right = hellaswag.score(judged, examples, rank, world_size, stop=lambda: stop_signal)
+        acc, by_token, by_byte, n, stopped = total(*right, stop_signal)
         if first and not stopped:
-            record(step, "hella", right / n, f"step {step}/{max_steps} | HellaSwag {right / n:.4f}", examples=int(n))
+            record(step, "hella", by_token / n, f"step {step}/{max_steps} | HellaSwag {by_token / n:.4f}", acc=f"{acc / n:.4f}",
+                   by_byte=f"{by_byte / n:.4f}", examples=int(n))
         return not stopped
 
     def print_sample(step):
         tokens = [enc.eot_token] + enc.encode_ordinary(sample_prompt)
-        stream = raw.stream(torch.tensor([tokens], device=where), sample_temperature, top_k=50, generator=torch.Generator(where).manual_seed(seed))
-        with whole(raw), autocast():
+        with whole(raw) as speaker, autocast():
+            stream = speaker.stream([tokens], sample_temperature, top_k=50, generator=torch.Generator(where).manual_seed(seed))
             while first and len(tokens) < 200 and not stop_signal and (token := next(stream).item()) != enc.eot_token:
                 tokens.append(token)
-        stream.close()
+            stream.close()
         if first:
             dataset.say(f"sample at step {step}: {enc.decode(tokens[1:])}\n")
 
@@ -857,6 +875,8 @@ def main():
             mine, states = states[0], [None] * world_size
             dist.all_gather_object(states, mine)
         weights, moments = gather(raw.state_dict(), first), gather([o.state_dict() for o in optimizers], first)
+        if raw.cfg.tie_head:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]  # gathered, they are two
         if first:
             path = save_checkpoint({
                 "version": gpt.CHECKPOINT_VERSION, "step": step, "evaluated": evaluated, "model": weights, "optimizers": moments,
@@ -874,7 +894,7 @@ def main():
             print(f"no HellaSwag: {e}")
             here = None
         if total(here is not None)[0]:
-            examples = hellaswag.read_examples(hellaswag.PATH)
+            examples = hellaswag.encode(hellaswag.read_examples(hellaswag.PATH), enc, block_size)
 
     # the loop
     due = lambda step, interval: interval and (step % interval == 0 or step == max_steps)
@@ -945,7 +965,8 @@ def main():
             mfu = f"{rate * flops_per_token / world_size / peak / 1e12:.4f}" if peak else "n/a"
             usd = {"usd": f"{totals['usd']:.4f}"} if usd_per_gpu_hour else {}
             record(step, "train", loss / world_size, f"step {step}/{max_steps} | loss {loss / world_size:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                   f"{seconds * 1000:.0f} ms | {1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | {dataset.clock((max_steps - step) * seconds)} left",
+                   f"{seconds * 1000:.0f} ms | {1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | "
+                   f"{dataset.clock((max_steps - step) * seconds)} left",
                    lr=f"{lr:.4e}", norm=f"{norm:.4f}", ms=f"{seconds * 1000:.1f}", steps_s=f"{1 / seconds:.4g}", tok_s=f"{rate:.0f}", mfu=mfu, **usd)
 
     if first and bench and times:
