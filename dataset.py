@@ -135,6 +135,27 @@ def token_bytes(enc):
     return lengths
 
 
+def hugging_face_tokenizer(enc):
+    """The same tokenizer as the tokenizer.json of Hugging Face's `tokenizers`."""
+    # GPT-2's letters for the 256 bytes: those that print stand for themselves, the others follow from U+0100 on.
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in prints]
+    letter = {**{b: chr(b) for b in prints}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+    spell = lambda token: "".join(letter[b] for b in token)
+    ranks, merges = enc._mergeable_ranks, []
+    for token, _ in sorted(ranks.items(), key=lambda kv: kv[1]):
+        # tiktoken joins any two neighbours that make a token, so that every way to make it is listed
+        halves = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += [[spell(a), spell(b)] for a, b in sorted(halves, key=lambda h: (ranks[h[0]], ranks[h[1]]))]
+    special = [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+               for s, i in sorted(enc._special_tokens.items(), key=lambda kv: kv[1])]
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)  # its expression is GPT2_SPLIT
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None, pre_tokenizer=byte_level,
+                post_processor=None, decoder=byte_level, model=dict(
+                    type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
+                    byte_fallback=False, vocab={**{spell(t): i for t, i in ranks.items()}, **enc._special_tokens}, merges=merges))
+
+
 def count_words(texts):
     """The distinct pieces of the GPT-2 split, as bytes, and how often each occurs."""
     import regex  # comes with tiktoken; re has no \p{L}
@@ -406,15 +427,24 @@ def open_source(spec, column="text", doc_sep=None):
 
 
 def fetch(url, path):
-    """-> path, downloaded from url on first use"""
-    if not os.path.exists(path):
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                raw = response.read()
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_atomically(path, raw)
-        except (OSError, http.client.HTTPException) as e:
-            raise UserError(f"cannot download {url} ({getattr(e, 'reason', None) or e}); check the network, or put a copy at {path}") from None
+    """-> path, downloaded from url on first use; what an interrupted download left is not fetched again"""
+    if os.path.exists(path):
+        return path
+    part = path + ".part"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            have = have if response.status == 206 else 0  # a server may not know how to go on
+            length = response.headers["Content-Length"]
+            with open(part, "ab" if have else "wb") as f:
+                shutil.copyfileobj(response, f)
+        if length and os.path.getsize(part) != have + int(length):
+            raise OSError("the connection was cut; run again to go on")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as e:
+        raise UserError(f"cannot download {url} ({getattr(e, 'reason', None) or e}); check the network, or put a copy at {path}") from None
     return path
 
 

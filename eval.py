@@ -1,8 +1,12 @@
 """
-Says what a model has to say.
+Uses a model: lets it speak, measures it, compares it, exports it.
 
     python eval.py --prompt "Once"                                   # the newest checkpoint of this folder
+    python eval.py                                                   # a session: it goes on with what you type
     python eval.py --ckpt gpt2 --prompt "Hello, I'm a language model," --num_samples 5 --temperature 0
+    python eval.py --perplexity text.txt                             # or a folder of shards
+    python eval.py --compare runs/a runs/b gpt2 --perplexity text.txt
+    python eval.py --export hf/                                      # for transformers
 
     from eval import generate_text
     print(generate_text(prompt="Once", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95))
@@ -10,73 +14,270 @@ Says what a model has to say.
 import codecs
 import functools
 import inspect
+import json
 import math
+import os
 import sys
+import time
 
+import numpy as np
 import torch
 
+import data_loader
 import dataset
+import hellaswag
 import model as gpt
 from dataset import UserError
+
+ROWS = 16  # texts that are written at once
 
 
 @functools.lru_cache(maxsize=1)
 def open_speaker(ckpt, out_dir, device, dtype):
-    """-> the model, its tokenizer, and a line that says what it is"""
-    model, spec, about = gpt.open_model(ckpt, out_dir, device, dtype)
-    return model, dataset.get_tokenizer(spec), about
+    """-> the model, its tokenizer, and the rest of its checkpoint"""
+    model, spec, rest = gpt.open_model(ckpt, out_dir, device, dtype)
+    return model, dataset.get_tokenizer(spec), rest
 
 
-def stream_text(model, enc, prompt, max_new_tokens, temperature, top_k, top_p, seed=None):
-    """Yields the continuation of the prompt piece by piece, up to the end of the text."""
-    device = next(model.parameters()).device
-    idx = torch.tensor([[enc.eot_token] + enc.encode_ordinary(prompt)], device=device)  # every document begins with end-of-text
-    generator = torch.Generator(device)
+# -- what it says
+
+class Row:
+    """A text in the making, token by token: what can be shown of it, up to the end of the text or a stop string."""
+
+    def __init__(self, enc, stop):
+        self.enc, self.stop, self.ended = enc, stop, False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
+        self.held = ""  # may be the beginning of a stop string
+
+    def add(self, token):
+        """-> the text that this token settles"""
+        if self.ended:
+            return ""
+        if token == self.enc.eot_token:
+            return self.end()
+        text = self.held + self.decoder.decode(self.enc.decode_single_token_bytes(token))
+        if found := [text.index(s) for s in self.stop if s in text]:
+            self.ended = True
+            return text[:min(found)]
+        hold = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self.held = text[len(text) - hold:]
+        return text[:len(text) - hold]
+
+    def end(self):
+        if self.ended:
+            return ""
+        self.ended = True
+        return self.held + self.decoder.decode(b"", final=True)
+
+
+def stream_texts(model, enc, prompts, max_new_tokens, temperature, top_k, top_p, seed=None, stop=()):
+    """Yields pieces of the prompts' continuations as they come, a list of one for each prompt."""
+    generator = torch.Generator(next(model.parameters()).device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
-    tokens = model.stream(idx, temperature, top_k, top_p, generator)
+    tokens = model.stream([[enc.eot_token] + enc.encode_ordinary(p) for p in prompts], temperature, top_k, top_p, generator)
+    rows = [Row(enc, stop) for _ in prompts]
     for _ in range(max_new_tokens):
-        token = next(tokens).item()
-        if token == enc.eot_token:
-            break
-        yield text.decode(enc.decode_single_token_bytes(token))
-    yield text.decode(b"", final=True)
+        yield [row.add(token) for row, token in zip(rows, next(tokens).flatten().tolist())]
+        if all(row.ended for row in rows):
+            return
+    yield [row.end() for row in rows]
 
 
-def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=None, ckpt=None, out_dir=".", device="auto", dtype="auto"):
+def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=None, stop=(), ckpt=None, out_dir=".", device="auto", dtype="auto"):
     """-> the prompt and its continuation"""
     model, enc, _ = open_speaker(ckpt, out_dir, device, dtype)
-    return prompt + "".join(stream_text(model, enc, prompt, max_new_tokens, temperature, top_k, top_p, seed))
+    return prompt + "".join(piece for piece, in stream_texts(model, enc, [prompt], max_new_tokens, temperature, top_k, top_p, seed, stop))
+
+
+def print_samples(prompts, say):
+    """One text appears as it is written; several are written together, and printed one after the other."""
+    for i in range(0, len(prompts), ROWS):
+        texts = prompts[i:i + ROWS]
+        if len(prompts) == 1:
+            print(texts[0], end="", flush=True)
+        for pieces in say(texts):
+            if len(prompts) == 1:
+                print(pieces[0], end="", flush=True)
+            texts = [text + piece for text, piece in zip(texts, pieces)]
+        print() if len(prompts) == 1 else print("---\n" * (i > 0) + "\n---\n".join(texts), flush=True)
+
+
+def session(say):
+    """What is typed is added to the text, and the model goes on with it. Ctrl-C interrupts it, Ctrl-D ends the session."""
+    try:
+        import readline  # gives input() a history; not on Windows
+    except ImportError:
+        pass
+    print("type the beginning of a text; an empty line lets it go on, Ctrl-C interrupts it, Ctrl-D ends", file=sys.stderr)
+    text = ""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        text += ("\n" if text and line else "") + line
+        try:
+            for piece, in say([text]):
+                print(piece, end="", flush=True)
+                text += piece
+        except KeyboardInterrupt:
+            pass
+        print()
+
+
+# -- how good it is
+
+def read_tokens(path, enc, split, limit=None):
+    """The tokens of a folder of shards, or of a text file, as numpy"""
+    if os.path.isdir(path):
+        paths, _, manifest = data_loader.find_shards(path, split)
+        if manifest and manifest["tokenizer"]["fingerprint"] != dataset.tokenizer_fingerprint(enc):
+            raise UserError(f"{path} is in tokenizer {manifest['tokenizer']['name']}, which is not the model's; name the text itself")
+        tokens = np.concatenate([dataset.read_shard(p)[:limit] for p in paths])
+    else:
+        tokens = np.concatenate([dataset.encode_pieces(enc, pieces) for pieces, _ in dataset.open_source(path).read(None)])
+    return tokens[:limit]
+
+
+@torch.inference_mode()
+def perplexity(model, tokens, stride, batch=4096):
+    """
+    tokens (n,) -> the losses of all of them but the first, (n - 1,). The first block_size are scored in one window; then it moves
+    by `stride` tokens and scores those that are new to it, so that each has at least block_size - stride before it.
+    """
+    device, T, n = next(model.parameters()).device, model.cfg.block_size, len(tokens) - 1
+    tokens = torch.as_tensor(tokens.astype(np.int64))
+    ends = [min(T, n), *range(min(T, n) + stride, n, stride)]
+    ends += [n] if ends[-1] < n else []
+    losses, scored = [], 0
+    while ends:
+        # windows of one length that score the same number of tokens go together
+        new, length = ends[0] - scored, min(T, ends[0])
+        group = [end for i, end in enumerate(ends[:max(1, batch // T)]) if min(T, end) == length and end - scored == new * (i + 1)]
+        idx = torch.stack([tokens[end - length:end] for end in group]).to(device)
+        targets = torch.cat([tokens[end - new + 1:end + 1] for end in group]).to(device)
+        losses.append(hellaswag.token_losses(model, model.hidden(idx)[:, -new:].flatten(0, 1), targets))
+        scored, ends = group[-1], ends[len(group):]
+        dataset.say(f"{scored:,} of {n:,} tokens", again=True) if sys.stdout.isatty() else None
+    return torch.cat(losses)
+
+
+def measure(model, enc, path, split, stride, limit):
+    """-> a dict of what the model makes of a text"""
+    tokens = read_tokens(path, enc, split, limit)
+    if len(tokens) < 2:
+        raise UserError(f"{path} has {len(tokens)} tokens; there is nothing to predict")
+    losses = perplexity(model, tokens, stride)
+    nats, n_bytes = losses.double().sum().item(), int(dataset.token_bytes(enc)[tokens[1:]].sum())
+    return dict(loss=nats / len(losses), bpb=nats / math.log(2) / n_bytes if n_bytes else math.nan, tokens=len(losses))
+
+
+def speed(model, n=64):
+    """Tokens a second of one text"""
+    device = next(model.parameters()).device
+    prompt = torch.zeros(1, 16, dtype=torch.long, device=device)
+    for tokens in (8, n):
+        began = time.perf_counter()
+        model.generate(prompt, tokens, temperature=0)[0, -1].item()
+    return n / (time.perf_counter() - began)
+
+
+def compare(names, a):
+    """Prints one table of models, and the scores that are known from publications."""
+    examples = None
+    try:
+        examples = hellaswag.read_examples(a.data or hellaswag.download(), a.limit)
+    except UserError as e:
+        if a.data:
+            raise
+        print(f"no HellaSwag: {e}", file=sys.stderr)
+    columns = ("model", "parameters", "tokens", "loss", "bits/byte", *hellaswag.MEASURES, "tokens/s", "$")
+    rows = []
+    for name in names:
+        model, enc, rest = open_speaker(*(("", name) if os.path.isdir(os.path.join(name, "checkpoints")) else (name, ".")), a.device, a.dtype)
+        val = rest.get("last_val", {})
+        if a.perplexity:
+            val = measure(model, enc, a.perplexity, a.split, a.stride or model.cfg.block_size // 2 or 1, None)
+        scores = [None] * 3
+        if examples:
+            *right, n = hellaswag.evaluate(model, enc, examples)
+            scores = [r / n for r in right]
+        totals = rest.get("totals", {})
+        rows.append((name, model.param_counts()["total"], totals.get("tokens"), val.get("loss", val.get("val")), val.get("bpb"), *scores, speed(model),
+                     totals.get("usd") or None))
+    rows += [(f"{name}, published", None, None, None, None, None, score, None, None, None) for name, score in hellaswag.REFERENCES.items()]
+    show = lambda x: "-" if x is None or x == math.inf else x if isinstance(x, str) else f"{x:,}" if isinstance(x, int) else f"{x:.4f}" if x < 30 else f"{x:,.1f}"
+    table = [columns, *([show(x) for x in row] for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    for row in table:
+        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))))
+    where = f"on {a.perplexity}" if a.perplexity else "at the last validation, each on its own text"
+    print(f"loss (nats a token) and bits a byte {where}; HellaSwag on {len(examples) if examples else 0:,} examples", file=sys.stderr)
+
+
+# -- for others
+
+def export(model, enc, folder):
+    """Writes the model and its tokenizer for transformers: AutoModelForCausalLM, AutoTokenizer."""
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise UserError(f"{folder} is not empty; choose another folder for --export")
+    model.save_pretrained(folder)
+    spec = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.cfg.block_size, "eos_token": dataset.EOT, "bos_token": dataset.EOT,
+            "unk_token": dataset.EOT, "clean_up_tokenization_spaces": False}
+    for name, content in (("tokenizer.json", dataset.hugging_face_tokenizer(enc)), ("tokenizer_config.json", spec)):
+        dataset.write_json(os.path.join(folder, name), content)
 
 
 def main():
     p = dataset.Parser(prog="eval.py", description=__doc__)
     p.add_argument("--ckpt", help="a checkpoint, a Hugging Face folder, or a name such as gpt2 (the newest of --out_dir)")
-    p.add_argument("--out_dir", help="of the run whose newest checkpoint speaks (%(default)s)")
-    p.add_argument("--prompt", help="what the text begins with")
-    p.add_argument("--num_samples", type=int, default=1)
+    p.add_argument("--out_dir", help="of the run whose newest checkpoint is used (%(default)s)")
+    p.add_argument("--prompt", action="append", help="what the text begins with; several are continued together; none: a session")
+    p.add_argument("--num_samples", type=int, default=1, help="of each prompt")
     p.add_argument("--max_new_tokens", type=int, help="(%(default)s)")
     p.add_argument("--temperature", type=float, help="0 takes the likeliest token each time (%(default)s)")
     p.add_argument("--top_k", type=int, help="choose among the k likeliest; 0: among all (%(default)s)")
     p.add_argument("--top_p", type=float, help="choose among the likeliest that make up this probability (%(default)s)")
+    p.add_argument("--stop", action="append", help="a text ends before this string; may be given several times")
     p.add_argument("--seed", type=int, help="for the same text again")
+    p.add_argument("--perplexity", metavar="DATA", help="measure the model on a text file, or a folder of shards")
+    p.add_argument("--split", default="val", help="of such a folder (%(default)s)")
+    p.add_argument("--stride", type=int, help="tokens from one window to the next (half of the context)")
+    p.add_argument("--compare", nargs="+", metavar="MODEL", help="print one table of several: checkpoints, folders of runs, Hugging Face models")
+    p.add_argument("--data", help="HellaSwag examples for --compare, .jsonl (downloaded)")
+    p.add_argument("--limit", type=int, help="only the first tokens of --perplexity, or examples of --compare")
+    p.add_argument("--export", metavar="DIR", help="write the model for transformers")
     p.add_argument("--device", help="auto, cuda, mps or cpu (%(default)s)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="(%(default)s)")
-    p.set_defaults(**{k: v.default for k, v in inspect.signature(generate_text).parameters.items()})
+    p.set_defaults(**{k: v.default for k, v in inspect.signature(generate_text).parameters.items() if k not in ("prompt", "stop")})
     p.set_defaults(max_new_tokens=200)
     a = p.parse_args()
     sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a letter
     for name, good in (("num_samples", a.num_samples >= 1), ("max_new_tokens", a.max_new_tokens >= 1), ("temperature", 0 <= a.temperature < math.inf),
-                       ("top_k", a.top_k >= 0), ("top_p", 0 < a.top_p <= 1)):
+                       ("top_k", a.top_k >= 0), ("top_p", 0 < a.top_p <= 1), ("stride", a.stride is None or a.stride >= 1),
+                       ("limit", a.limit is None or a.limit >= 1), ("stop", "" not in (a.stop or ()))):
         if not good:
             raise UserError(f"--{name}={getattr(a, name)} is out of range")
-    model, enc, about = open_speaker(a.ckpt, a.out_dir, a.device, a.dtype)
-    print(about, file=sys.stderr)
-    for i in range(a.num_samples):
-        print("---\n" * (i > 0) + a.prompt, end="", flush=True)
-        for piece in stream_text(model, enc, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed if a.seed is None else a.seed + i):
-            print(piece, end="", flush=True)
-        print()
+    if a.compare:
+        return compare(a.compare, a)
+    model, enc, rest = open_speaker(a.ckpt, a.out_dir, a.device, a.dtype)
+    if a.stride and a.stride > model.cfg.block_size:
+        raise UserError(f"--stride={a.stride} is more than the context of {model.cfg.block_size}")
+    if a.export:
+        export(model, enc, a.export)
+        with open(os.path.join(a.export, gpt.TOKENIZER_SPEC), "w", encoding="utf-8") as f:
+            json.dump(rest["tokenizer"], f)
+        return print(a.export)
+    if a.perplexity:
+        stride = a.stride or model.cfg.block_size // 2 or 1
+        m = measure(model, enc, a.perplexity, a.split, stride, a.limit)
+        return dataset.say(f"{rest['about']} on {a.perplexity}: {m['tokens']:,} tokens, {m['loss']:.4f} nats a token, "
+                           f"perplexity {math.exp(m['loss']):.3f}, {m['bpb']:.4f} bits a byte; windows of {model.cfg.block_size} overlap by {model.cfg.block_size - stride}")
+    print(rest["about"], file=sys.stderr)
+    say = lambda prompts: stream_texts(model, enc, prompts, a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed, a.stop or ())
+    if a.prompt is None:
+        return session(say)
+    print_samples([prompt for prompt in a.prompt for _ in range(a.num_samples)], say)
 
 
 if __name__ == "__main__":

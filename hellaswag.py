@@ -8,6 +8,7 @@ Three measures of an ending are in use, and give three scores: the sum of its to
 (build-nanogpt's acc_norm: GPT-2 124M scores 0.2955), and the sum over its length in bytes (lm-evaluation-harness's acc_norm).
 """
 import json
+import os
 import sys
 
 import torch
@@ -18,13 +19,21 @@ import dataset
 import model as gpt
 from dataset import UserError
 
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 10,042 examples
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+EXAMPLES = 10_042
 PATH = "data/hellaswag/hellaswag_val.jsonl"
 
 
 def download():
     """-> PATH, where the validation examples are fetched to on first use"""
-    return dataset.fetch(URL, PATH)
+    if not os.path.exists(PATH):
+        dataset.fetch(URL, PATH)
+        with open(PATH, "rb") as f:
+            lines = sum(1 for _ in f)
+        if lines != EXAMPLES:
+            os.remove(PATH)
+            raise UserError(f"{URL} has {lines:,} lines, not {EXAMPLES:,}; put a good copy at {PATH}")
+    return PATH
 
 
 def read_examples(path, limit=None):
@@ -103,14 +112,17 @@ class Batch:
         self.labels = torch.tensor([label for *_, label in examples], device=device)
 
 
+def token_losses(model, x, targets):
+    """x (N, C), what the head reads, and targets (N,) -> their losses (N,), a few at a time"""
+    size = CHUNK[x.device.type == "cuda"]
+    return torch.cat([F.cross_entropy(model.logits(part).float(), t, reduction="none") for part, t in zip(x.split(size), targets.split(size))])
+
+
 def ending_losses(model, batch):
     """-> the sum of each ending's token losses, and how many tokens it has, (B, 4) and (B, 4)"""
     row, place, ending = batch.reads.T
     x = model.hidden(batch.idx, batch.positions, batch.mask)[row, place]  # only where an ending is read: (reads, C)
-    losses = []
-    for part, target in zip(x.split(CHUNK[x.device.type == "cuda"]), batch.targets.split(CHUNK[x.device.type == "cuda"])):
-        losses.append(F.cross_entropy(model.logits(part).float(), target, reduction="none"))
-    losses = torch.cat(losses)
+    losses = token_losses(model, x, batch.targets)
     sums, counts = (torch.zeros(batch.bytes.numel(), device=x.device) for _ in range(2))
     sums.index_add_(0, row * 4 + ending, losses)
     counts.index_add_(0, row * 4 + ending, torch.ones_like(losses))
@@ -166,6 +178,8 @@ def summary(right, n):
     return ", ".join(f"{name} {r / n:.4f} +- {(r / n * (1 - r / n) / n) ** 0.5:.4f}" for name, r in zip(MEASURES, right))
 
 
+# Known scores by average token: GPT-2's by build-nanogpt's script, GPT-3's by its paper.
+REFERENCES = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
 MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
 
 
@@ -181,10 +195,10 @@ def main():
     if a.limit is not None and a.limit < 1:
         raise UserError(f"--limit={a.limit} must be at least 1")
     examples = read_examples(a.data or download(), a.limit)
-    model, spec, about = gpt.open_model(a.ckpt, a.out_dir, a.device, a.dtype)
+    model, spec, rest = gpt.open_model(a.ckpt, a.out_dir, a.device, a.dtype)
     encoded = encode(examples, dataset.get_tokenizer(spec), model.cfg.block_size)
     *right, n = score(model, encoded, progress=lambda right, n: dataset.say(f"{n}/{len(examples)}: {summary(right.tolist(), n)}", again=True))
-    dataset.say(f"HellaSwag of {about}, {n:,} examples: {summary(right, n)}")
+    dataset.say(f"HellaSwag of {rest['about']}, {n:,} examples: {summary(right, n)}")
 
 
 if __name__ == "__main__":

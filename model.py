@@ -23,6 +23,7 @@ class UserError(Exception):
 
 
 CHECKPOINT_VERSION = 1
+TOKENIZER_SPEC = "tokenizer_spec.json"  # beside the tokenizer.json of an export: the same in our own form
 GPT2_TOKENS, GPT2_PADDED = 50257, 50304  # the vocabulary, and its next multiple of 128: faster
 
 
@@ -355,6 +356,44 @@ class GPT(nn.Module):
 
     # -- where it comes from
 
+    def save_pretrained(self, folder):
+        """Writes config.json and the weights as a Hugging Face GPT-2, with its logits for every token in use."""
+        cfg, t = self.cfg, self.transformer
+        for field, good in (("pos", cfg.pos != "rotary"), ("norm", cfg.norm == "layer"), ("qk_norm", not cfg.qk_norm), ("softcap", not cfg.softcap),
+                            ("head_bias", not cfg.head_bias)):
+            if not good:
+                raise UserError(f"Hugging Face's GPT-2 has no {field}={getattr(cfg, field)}; a model with it cannot be exported")
+        weights = {k: v.detach().clone() for k, v in self.state_dict().items() if not (cfg.tie_head and k == "lm_head.weight")}
+        for k in ("transformer.wte.weight", "lm_head.weight"):
+            if k in weights:
+                weights[k] = weights[k][:cfg.n_tokens]  # padded rows stand for nothing
+        if cfg.pos == "sinusoidal":
+            weights["transformer.wpe.weight"] = self.sinusoids.clone()
+        for name, module in t.named_modules(prefix="transformer"):
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                if isinstance(module, nn.Linear):
+                    weights[f"{name}.weight"] = weights[f"{name}.weight"].t().contiguous()  # their Conv1D stores (in, out)
+                if module.bias is None:  # theirs always has one
+                    size = module.out_features if isinstance(module, nn.Linear) else cfg.n_embd
+                    weights[f"{name}.bias"] = torch.zeros(size, dtype=t.wte.weight.dtype)
+        config = dict(
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=cfg.n_tokens, n_positions=cfg.block_size, n_ctx=cfg.block_size,
+            n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head, activation_function={v: k for k, v in HF_ACTIVATIONS.items()}[cfg.act],
+            tie_word_embeddings=cfg.tie_head, layer_norm_epsilon=1e-5, bos_token_id=cfg.n_tokens - 1, eos_token_id=cfg.n_tokens - 1,
+            resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, torch_dtype=str(t.wte.weight.dtype).removeprefix("torch."))
+        weights = {k: v.cpu() for k, v in weights.items()}
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+                json.dump(config, f, indent=1)
+            if importlib.util.find_spec("safetensors"):
+                from safetensors.torch import save_file
+                save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+            else:
+                torch.save(weights, os.path.join(folder, "pytorch_model.bin"))
+        except OSError as e:
+            raise UserError(f"cannot write {folder}: {e.strerror or e}") from None
+
     @classmethod
     def from_pretrained(cls, name):
         """GPT-2 weights of Hugging Face: a directory, or a name such as gpt2, gpt2-xl, owner/name."""
@@ -513,23 +552,55 @@ def checkpoint_step(path):
 
 
 def read_checkpoint(path):
-    """The dict that train.py saved, on the CPU. weights_only: a hostile file cannot run code."""
-    if not os.path.isfile(path):
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # what torch raises on a foreign file depends on its first bytes
-        raise UserError(f"{path} is not a checkpoint, or is damaged ({type(e).__name__})") from None
-    if not isinstance(ckpt, dict) or not {"version", "model", "model_config", "tokenizer", "step"} <= ckpt.keys():
+    """The dict that train.py saved, on the CPU."""
+    ckpt = read_weights(path)
+    if not {"version", "model", "model_config", "tokenizer", "step"} <= ckpt.keys():
         raise UserError(f"{path} is not a checkpoint of train.py")
     if ckpt["version"] != CHECKPOINT_VERSION:
         raise UserError(f"{path} is a checkpoint of version {ckpt['version']}; this program knows version {CHECKPOINT_VERSION}")
     return ckpt
 
 
+class StandIn:
+    """What becomes of the object of a class GPTConfig that build-nanogpt's checkpoints hold: its fields, and no code."""
+
+
+def read_weights(path):
+    """A file of torch.save, as a dict. weights_only: a hostile file cannot run code."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        configs = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) if name.endswith(".GPTConfig")]
+        with torch.serialization.safe_globals([(StandIn, name) for name in configs]):
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # what torch raises on a foreign file depends on its first bytes
+        raise UserError(f"{path} is not a checkpoint, or is damaged ({type(e).__name__})") from None
+    if not isinstance(ckpt, dict):
+        raise UserError(f"{path} is not a checkpoint of train.py")
+    return ckpt
+
+
+def convert_foreign(ckpt, path):
+    """A checkpoint of nanoGPT or build-nanogpt, or bare weights with their names -> one of ours, as far as it goes"""
+    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in ckpt.get("model", ckpt).items()}
+    weights = {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}  # causal masks, where there was no fused attention
+    if not {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "lm_head.weight"} <= weights.keys():
+        raise UserError(f"{path} is not a checkpoint of train.py, nanoGPT or build-nanogpt")
+    said = ckpt.get("model_args") or vars(ckpt.get("config")) if isinstance(ckpt.get("config"), StandIn) or "model_args" in ckpt else {}
+    vocab_size, n_embd = weights["transformer.wte.weight"].shape
+    shape = dict(
+        vocab_size=vocab_size, n_embd=n_embd, block_size=len(weights["transformer.wpe.weight"]),
+        n_layer=1 + max(int(m[1]) for k in weights if (m := re.match(r"transformer\.h\.(\d+)\.", k))),
+        n_head=said.get("n_head", max(1, n_embd // 64)),  # which the weights do not tell: GPT-2's heads are 64 wide
+        bias="transformer.ln_f.bias" in weights, tie_head=torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"]),
+        act="gelu_erf" if "model_args" in ckpt else "gelu")  # nanoGPT's GELU is the exact one
+    return {"model": weights, "model_config": shape, "tokenizer": {"name": "gpt2"}, "step": int(ckpt.get("iter_num", ckpt.get("step", 0)))}
+
+
 def load_checkpoint(path, device="cpu"):
     """-> the model, ready for use, and the rest of the checkpoint (step, tokenizer, training config, ...)."""
-    ckpt = read_checkpoint(path)
+    ckpt = read_weights(path)
+    ckpt = read_checkpoint(path) if "version" in ckpt else convert_foreign(ckpt, path)
     if unknown := set(ckpt["model_config"]) - {f.name for f in fields(GPTConfig)}:
         raise UserError(f"{path} was written by a newer program: it has {', '.join(sorted(unknown))}")
     model = GPT(GPTConfig(**ckpt["model_config"]))
@@ -540,7 +611,7 @@ def load_checkpoint(path, device="cpu"):
 def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
     """
     A checkpoint, a Hugging Face folder or name, or None for the newest checkpoint of out_dir
-    -> the model, the spec of its tokenizer, and a line that says what it is
+    -> the model, the spec of its tokenizer, and the rest of the checkpoint, with a line `about` that says what it is
     """
     if not name:
         paths = find_checkpoints(out_dir)
@@ -550,10 +621,22 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
     device = pick_device(device)
     if os.path.isfile(name):
         model, ckpt = load_checkpoint(name)
-        spec, about = ckpt["tokenizer"], f"{name}, step {ckpt['step']:,}"
+        about = f"{name}, step {ckpt['step']:,}"
     elif name.endswith(".pt"):
         raise UserError(f"there is no checkpoint {name}")
     else:
-        model, spec, about = GPT.from_pretrained(name), {"name": "gpt2"}, name
-    total = model.param_counts()["total"]
-    return model.to(device, pick_dtype(dtype, device)).eval(), spec, f"{about}, {total / 1e6:.1f}M parameters, {device.type}"
+        model, ckpt, about = GPT.from_pretrained(name), {"tokenizer": read_spec(name)}, name
+    spec, total = ckpt["tokenizer"], model.param_counts()["total"]
+    if spec == {"name": "gpt2"} and model.cfg.n_tokens < GPT2_TOKENS:
+        raise UserError(f"{name} has a vocabulary of {model.cfg.n_tokens:,}, and does not say which tokenizer it goes with")
+    model.to(device, pick_dtype(dtype, device)).eval()
+    return model, spec, {**ckpt, "about": f"{about}, {total / 1e6:.1f}M parameters, {device.type}"}
+
+
+def read_spec(folder):
+    """The spec of the tokenizer that an export of ours holds; GPT-2's for other people's models."""
+    path = os.path.join(folder, TOKENIZER_SPEC)
+    if not os.path.isfile(path):
+        return {"name": "gpt2"}
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)

@@ -6,6 +6,7 @@ a peer's sources (NANOGPT=folder, LLMC=folder) skip, with the reason, where thes
 """
 import contextlib
 import hashlib
+import http.server
 import importlib.util
 import json
 import math
@@ -17,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -299,18 +301,109 @@ def test_half_precision_speaks_on_a_cpu_about_as_float32_does(dtype):
 @needs_transformers
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("vocab", [50257, 50304])
-def test_hugging_face_weights_give_the_logits_of_transformers(tmp_path, tied, vocab):
+def test_weights_go_from_transformers_to_here_and_back_with_equal_logits(tmp_path, tied, vocab):
     import transformers
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=vocab, n_positions=32, n_embd=48, n_layer=3, n_head=4, tie_word_embeddings=tied)).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(str(tmp_path)).eval()
-    idx = torch.randint(vocab, (2, 32))
+    theirs.save_pretrained(tmp_path / "a")
+    ours = GPT.from_pretrained(str(tmp_path / "a")).eval()
+    ours.save_pretrained(str(tmp_path / "b"))
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    idx = torch.randint(50257, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+        assert back(idx).logits.size(-1) == 50257  # without padding
+        torch.testing.assert_close(back(idx).logits, theirs(idx).logits[..., :50257], atol=1e-4, rtol=1e-4)
+
+
+@needs_transformers
+@pytest.mark.parametrize("switches", [dict(bias=False), dict(act="relu2"), dict(act="gelu_erf", tie_head=False), dict(pos="sinusoidal"), dict(qkv_bias=False)],
+                         ids=lambda s: " ".join(map(str, s.values())))
+def test_an_export_has_the_logits_of_the_model_whatever_its_switches(tmp_path, switches):
+    import transformers
+    model, idx = lively(**switches, vocab_size=64, n_tokens=60), torch.randint(60, (2, 16))
+    model.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(idx).logits
+        torch.testing.assert_close(model(idx, idx)[0][..., :60], theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("switch, value", [("pos", "rotary"), ("norm", "rms"), ("qk_norm", True), ("softcap", 15.0), ("head_bias", True)])
+def test_an_export_refuses_by_name_what_hugging_faces_gpt2_has_not(tmp_path, switch, value):
+    with pytest.raises(gpt.UserError, match=f"no {switch}={value}"):
+        GPT(small(**{switch: value})).save_pretrained(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+TEXTS = ["Once upon a time, there was  a \n\n ☃ don't 1234 'll", "".join(map(chr, range(1, 400))), "   \t\r\n x"]
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", ["byte", "bpe", pytest.param("gpt2", marks=needs_gpt2)])
+def test_an_exported_tokenizer_gives_the_tokens_of_the_model(workspace, tmp_path, kind):
+    import transformers
+    spec = make_bpe(stories(200), 900) if kind == "bpe" else {"name": kind}
+    enc = dataset.get_tokenizer(spec)
+    speak.export(GPT(small(vocab_size=enc.n_vocab)), enc, str(tmp_path / "out"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    rng = random.Random(0)
+    texts = TEXTS + stories(300) + ["".join(rng.choices("etaoin shrdlu\n'.", k=300)) for _ in range(100)]
+    assert [theirs(t)["input_ids"] for t in texts] == [enc.encode_ordinary(t) for t in texts]
+    assert theirs.eos_token_id == enc.eot_token and theirs.decode(enc.encode_ordinary(TEXTS[1])) == TEXTS[1]
+
+
+@needs_transformers
+def test_eval_exports_what_eval_and_transformers_read(workspace, tmp_path):
+    import transformers
+    ckpt = "runs/fp32/checkpoints/model_000030.pt"
+    say = lambda ckpt: script(here("eval.py"), f"--ckpt={ckpt}", "--prompt=Once", "--max_new_tokens=20", "--temperature=0", cwd=workspace)
+    r = script(here("eval.py"), f"--ckpt={ckpt}", f"--export={tmp_path}/hf", cwd=workspace)
+    assert r.returncode == 0 and say(f"{tmp_path}/hf").stdout == (before := say(ckpt).stdout) != "", r.stderr
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    idx = torch.tensor([[tokenizer.bos_token_id] + tokenizer("Once")["input_ids"]])
+    out = model.generate(idx, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+    assert tokenizer.decode(out, skip_special_tokens=True).rstrip() == before.rstrip()
+
+
+class GPTConfig_:
+    """Stands for build-nanogpt's class, whose objects its checkpoints hold."""
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+GPTConfig_.__qualname__ = GPTConfig_.__name__ = "GPTConfig"
+GPTConfig_.__module__ = "train_gpt2"
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "build-nanogpt", "bare weights"])
+def test_checkpoints_of_nanogpt_and_build_nanogpt_load(tmp_path, monkeypatch, kind):
+    act = "gelu_erf" if kind == "nanogpt" else "gelu"
+    torch.manual_seed(0)
+    model = GPT(small(n_head=4, n_embd=256, act=act)).eval()
+    weights = {("module._orig_mod." if kind == "build-nanogpt" else "_orig_mod.") + k: v for k, v in model.state_dict().items()}
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(16, 16).tril()  # the mask of old versions
+    monkeypatch.setitem(sys.modules, "train_gpt2", type(sys)("train_gpt2"))
+    monkeypatch.setattr(sys.modules["train_gpt2"], "GPTConfig", GPTConfig_, raising=False)
+    said = dict(n_layer=2, n_head=4, n_embd=256, block_size=16, vocab_size=64)
+    torch.save({"nanogpt": {"model": weights, "model_args": {**said, "bias": True, "dropout": 0.0}, "iter_num": 7, "best_val_loss": torch.tensor(3.0), "config": {"a": 1}},
+                "build-nanogpt": {"model": weights, "config": GPTConfig_(**said), "step": 7, "val_loss": 3.0}, "bare weights": weights}[kind], tmp_path / "ckpt.pt")
+    monkeypatch.delitem(sys.modules, "train_gpt2")
+    loaded, rest = gpt.load_checkpoint(str(tmp_path / "ckpt.pt"))
+    idx = torch.randint(64, (2, 16))
+    assert torch.equal(loaded(idx, idx)[0], model(idx, idx)[0]) and rest["step"] == (0 if kind == "bare weights" else 7)
+
+
+def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    torch.save({"model": {}, "config": Hostile()}, tmp_path / "ckpt.pt")
+    with pytest.raises(gpt.UserError, match="is not a checkpoint"):
+        gpt.load_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.skipif("NANOGPT" not in os.environ, reason="needs nanoGPT's sources: NANOGPT=folder")
@@ -1349,14 +1442,117 @@ def test_eval_prints_the_samples_and_says_which_checkpoint_speaks(workspace):
     assert a == b and a.startswith("Once") and "model_000030.pt, step 30" in r.stderr
 
 
+class Reciting(GPT):
+    """Says the same bytes whatever it is asked, another text in every row."""
+    texts = []
+
+    def stream(self, prompts, *args):
+        for i in range(10_000):
+            yield torch.tensor([[text[i] if i < len(text) else 256] for text in self.texts])
+
+
+def recite(*texts, stop=()):
+    Reciting.texts = texts
+    pieces = list(speak.stream_texts(Reciting(small(vocab_size=257)), dataset.get_tokenizer("byte"), [""] * len(texts), 100, 1, None, None, stop=stop))
+    return ["".join(row) for row in zip(*pieces)], pieces
+
 
 def test_a_character_spread_over_tokens_is_printed_whole():
-    class Model(GPT):
-        def stream(self, *args):
-            yield from (torch.tensor([[b]]) for b in "é☃".encode() + b"\xff")
-            yield torch.tensor([[256]])
-    model = Model(small(vocab_size=257))
-    assert "".join(speak.stream_text(model, dataset.get_tokenizer("byte"), "", 100, 1, None, None)) == "é☃\ufffd"
+    assert recite("é☃".encode() + b"\xff")[0] == ["é☃\ufffd"]
+
+
+def test_every_row_ends_at_its_own_end_of_text():
+    assert recite([*b"one", 256, *b"more"], [*b"three and more"])[0] == ["one", "three and more"]
+
+
+def test_a_text_ends_before_a_stop_string_and_shows_nothing_of_it():
+    texts, pieces = recite([*b"yes, ab abc no"], [*b"abab"], [*b"ab"], stop=["abc", "zz"])
+    assert texts == ["yes, ab ", "abab", "ab"] and "a" not in [p[0] for p in pieces]
+
+
+def test_eval_goes_on_with_what_is_typed(workspace):
+    r = subprocess.run([sys.executable, here("eval.py"), "--temperature=0", "--max_new_tokens=5"], input="Once\nthe\n", text=True, capture_output=True,
+                       cwd=workspace / "runs/fp32", timeout=60)
+    model, enc, _ = speak.open_speaker(None, str(workspace / "runs/fp32"), "cpu", "auto")
+    go_on = lambda text: "".join(p for p, in speak.stream_texts(model, enc, [text], 5, 0, None, None))
+    first = go_on("Once")
+    assert r.stdout == first + "\n" + go_on("Once" + first + "\nthe") + "\n", r.stderr
+
+
+def slow_perplexity(model, tokens):
+    """Each token alone, after the block_size before it."""
+    losses = []
+    for i in range(1, len(tokens)):
+        idx = torch.tensor(tokens[max(0, i - model.cfg.block_size):i])[None]
+        losses.append(F.cross_entropy(model(idx)[0][:, -1], torch.tensor([tokens[i]])).item())
+    return losses
+
+
+@torch.no_grad()
+def test_perplexity_with_a_stride_of_one_equals_a_slow_loop():
+    model, tokens = lively(), np.random.default_rng(0).integers(0, 64, 100)
+    assert speak.perplexity(model, tokens, stride=1).tolist() == pytest.approx(slow_perplexity(model, tokens), abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [3, 7, 16])
+@pytest.mark.parametrize("n", [5, 17, 50, 97])
+def test_every_token_is_scored_once_with_the_context_a_stride_leaves(stride, n):
+    model, tokens = lively(), np.random.default_rng(0).integers(0, 64, n)
+    expected, end = [], 0
+    while end < n - 1:
+        begin, end = end, min(n - 1, max(16, end + stride))
+        window = torch.tensor(tokens[max(0, end - 16):end + 1])[None]
+        expected += F.cross_entropy(model(window[:, :-1], window[:, 1:])[0][0], window[0, 1:], reduction="none")[begin - end:].tolist()
+    assert speak.perplexity(model, tokens, stride, batch=40).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_perplexity_of_a_text_file_is_that_of_its_tokens(workspace):
+    r = script(here("eval.py"), "--perplexity=../../t.txt", "--stride=20", "--limit=500", cwd=workspace / "runs/fp32")
+    model, enc, _ = speak.open_speaker(None, str(workspace / "runs/fp32"), "cpu", "auto")
+    tokens = np.array(slow_tokens(enc, stories(150))[:500])
+    nats = speak.perplexity(model, tokens, 20).mean().item()
+    bits = nats * 499 / math.log(2) / sum(t != enc.eot_token for t in tokens[1:])
+    assert f"499 tokens, {nats:.4f} nats a token, perplexity {math.exp(nats):.3f}, {bits:.4f} bits a byte; windows of 32 overlap by 12" in r.stdout, r.stderr
+
+
+def test_models_are_compared_in_one_table(workspace):
+    (workspace / "h.jsonl").write_text(json.dumps({"ctx": "A cat", "label": 1, "endings": ["sat", "is", "ran", "x"]}) + "\n")
+    r = script(here("eval.py"), "--compare", "runs/fp32", "runs/bf16/checkpoints/model_000030.pt", "--data=h.jsonl", cwd=workspace)
+    rows = [re.split(r"  +", line) for line in r.stdout.splitlines()]
+    assert r.returncode == 0 and [row[0] for row in rows[1:]] == ["runs/fp32", "runs/bf16/checkpoints/model_000030.pt", "GPT-2 124M, published", "GPT-3 124M, published"]
+    assert rows[1][2] == "7,680" and float(rows[1][3]) == pytest.approx(losses(workspace / "runs/fp32", "val")[-1], abs=1e-4), r.stderr
+    assert rows[0][5:8] == list(hellaswag.MEASURES) and rows[3][6] == "0.2955"
+
+
+def test_published_scores_are_the_same_wherever_they_are_shown():
+    assert hellaswag.REFERENCES == plot.REFERENCES
+
+
+def test_an_interrupted_download_goes_on(tmp_path):
+    content, asked = random.Random(0).randbytes(200_000), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.headers["Range"])
+            begin = int(re.search(r"\d+", asked[-1])[0]) if asked[-1] else 0
+            self.send_response(206 if begin else 200)
+            self.send_header("Content-Length", str(len(content) - begin))
+            self.end_headers()
+            self.wfile.write(content[begin:begin + 120_000])  # and hangs up
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        fetch = lambda: dataset.fetch(f"http://127.0.0.1:{server.server_port}/f", str(tmp_path / "d/f"))
+        with pytest.raises(dataset.UserError, match="cut; run again"):
+            fetch()
+        assert not (tmp_path / "d/f").exists()
+        fetch()
+        server.shutdown()
+    assert asked == [None, "bytes=120000-"] and (tmp_path / "d/f").read_bytes() == content
 
 
 @torch.no_grad()
@@ -1502,6 +1698,10 @@ MISTAKES = {
     "other settings for a finished folder": (["dataset.py", "--source=t.txt", "--tokenizer=bpe:300", "--out=data/t"], "data/t was made with tokenizer=byte, not bpe:300"),
     "an unknown option of dataset.py": (["dataset.py", "--sources=t.txt"], "did you mean --source?"),
     "no checkpoint to speak": (["eval.py", "--prompt=x", "--out_dir=runs/none"], "has no checkpoint"),
+    "a folder in another tokenizer": (["eval.py", "--perplexity=data/bpe", "--out_dir=runs/fp32"], "data/bpe is in tokenizer bpe:300, which is not the model's"),
+    "a text that is not there": (["eval.py", "--perplexity=no.txt", "--out_dir=runs/fp32"], "there is no source 'no.txt'"),
+    "a stride beyond the context": (["eval.py", "--perplexity=t.txt", "--stride=33", "--out_dir=runs/fp32"], "--stride=33 is more than the context of 32"),
+    "an export onto something": (["eval.py", "--export=data/t", "--out_dir=runs/fp32"], "data/t is not empty"),
     "a temperature below zero": (["eval.py", "--temperature=-1", "--out_dir=runs/fp32"], "--temperature=-1.0 is out of range"),
     "examples that are not HellaSwag": (["hellaswag.py", "--data=t.jsonl", "--out_dir=runs/fp32"], "line 1: not a HellaSwag example"),
     "a missing log": (["plot.py", "no.txt"], "cannot read no.txt"),
@@ -1527,6 +1727,7 @@ def mistakes(workspace):
         (workspace / name).write_bytes(raw)
     (workspace / "other.txt").write_text("\n\n".join(stories(90)))
     dataset.prepare(str(workspace / "other.txt"), "byte", out=str(workspace / "data/other"))
+    dataset.prepare(str(workspace / "t.txt"), "bpe:300", out=str(workspace / "data/bpe"))
     before = tree(workspace)
     done = scripts([[here(args[0]), *args[1:]] for args, _ in MISTAKES.values()], cwd=workspace, HF_HUB_OFFLINE="1")
     return dict(zip(MISTAKES, done)), before, tree(workspace)

@@ -791,6 +791,7 @@ def main():
     resuming = ckpt is not None
     if resuming:
         step0, best, totals, evaluated = ckpt["step"], ckpt["best"], ckpt["totals"], ckpt["evaluated"]
+        last_val = ckpt.get("last_val", last_val)
         if step0 > max_steps:
             raise UserError(f"{ckpt['path']} is at step {step0}, past max_steps={max_steps}; raise max_steps")
         loader.load_state_dict(ckpt["loader"])
@@ -841,7 +842,7 @@ def main():
             return False
         loss, bpb = nats / tokens, nats / math.log(2) / n_bytes if n_bytes else math.nan
         if split == "val":
-            last_val.update(step=step, val=loss)
+            last_val.update(step=step, val=loss, bpb=bpb)
         if first:
             name = "validation" if split == "val" else split
             record(step, split, loss, f"step {step}/{max_steps} | {name} loss {loss:.4f} nats a token, {bpb:.4f} bits a byte", bpb=f"{bpb:.6f}", tokens=int(tokens))
@@ -882,7 +883,8 @@ def main():
                 "version": gpt.CHECKPOINT_VERSION, "step": step, "evaluated": evaluated, "model": weights, "optimizers": moments,
                 "scaler": scaler.state_dict(), "rng": states, "loader": loader.state_dict(), "micro_batch": B, "model_config": dataclasses.asdict(raw.cfg),
                 "train_config": {k: globals()[k] for k in SETTINGS if k not in OF_ONE_START},
-                "tokenizer": spec, "data_fingerprint": fingerprint, "best": best, "wandb": board and board.id,
+                "tokenizer": spec, "data_fingerprint": fingerprint, "best": best, "last_val": last_val,
+                "wandb": board and board.id,
                 "totals": {**totals, "tokens": step * total_batch_size, "flops": step * total_batch_size * flops_per_token}}, best)
             dataset.say(f"step {step}/{max_steps} | saved {path}")
 
