@@ -10,6 +10,7 @@ tokens as uint16. Every document begins with the end-of-text token; text is enco
 Killed at any instant and started again, the command goes on, to the same bytes.
 """
 import argparse
+import ctypes
 import difflib
 import gc
 import glob
@@ -803,6 +804,22 @@ def encode_pieces(enc, pieces):
         except UnicodeEncodeError:
             pass
     return np.array([t for text, begins in pieces for t in [enc.eot_token] * begins + enc.encode_ordinary(text)], dtype=np.uint32)
+
+
+def large_pages():
+    """
+    On a CPU, page faults cost more than anything else: lets torch use large pages, and glibc keep what is freed. It must be
+    said before torch is imported.
+    """
+    if sys.platform != "linux":
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+    except (OSError, AttributeError):  # a C library without mallopt
+        pass
 
 
 def report(tokens, n_bytes, done, seconds, size, expected):

@@ -20,11 +20,15 @@ import os
 import sys
 import time
 
+import dataset
+
+if __name__ == "__main__":
+    dataset.large_pages()
+
 import numpy as np
 import torch
 
 import data_loader
-import dataset
 import hellaswag
 import model as gpt
 from dataset import UserError

@@ -11,11 +11,15 @@ import json
 import os
 import sys
 
+import dataset
+
+if __name__ == "__main__":
+    dataset.large_pages()
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import dataset
 import model as gpt
 from dataset import UserError
 
@@ -129,8 +133,8 @@ def ending_losses(model, batch):
     return sums.view(-1, 4), counts.view(-1, 4)
 
 
-CHUNK = {False: 64, True: 8192}  # places whose logits are computed at once: on a CPU they stay in its cache, on CUDA they fill it
-BUDGET = {False: 2048, True: 65536}  # tokens of a batch
+# By whether the device is CUDA: tokens of a batch, and places whose logits are computed at once
+BUDGET, CHUNK = {False: 1024, True: 65536}, {False: 512, True: 8192}
 
 
 def encode(examples, enc, block_size):

@@ -8,21 +8,6 @@ Trains a GPT. One process on a CPU, a GPU or an Apple GPU, or one a GPU under to
 
 Every hyperparameter below is an option, --name=value. A recipe sets several, --config=FILE.json too; the command line wins.
 """
-import os
-import sys
-
-if __name__ == "__main__" and sys.platform == "linux":
-    # On a CPU, page faults cost more than anything else: let torch use large pages, and glibc keep what is freed.
-    # It must be said before torch is imported.
-    import ctypes
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    try:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-    except (OSError, AttributeError):  # a C library without mallopt
-        pass
-
 import contextlib
 import dataclasses
 import difflib
@@ -33,18 +18,24 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import statistics
 import subprocess
+import sys
 import time
 import types
 from datetime import timedelta
 
+import dataset
+
+if __name__ == "__main__":
+    dataset.large_pages()
+
 import torch
 import torch.distributed as dist
 
-import dataset
 import hellaswag
 import model as gpt
 from data_loader import DataLoader
