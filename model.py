@@ -155,12 +155,13 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
+            q = q.to(k.dtype)
         dropout = self.cfg.dropout if self.training else 0.0
         if self.cfg.attention == "fused":
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
         else:
             y = reference_attention(q, k, v, mask, dropout)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, nh, T, hs) -> (B, T, C)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))  # (B, nh, T, hs) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -428,6 +429,8 @@ class Cache:
         cfg, weight = model.cfg, model.transformer.wte.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        if kind == "cpu" and not cpu_has_bfloat16():
+            dtype = torch.float32  # one query at a time, five times as fast as half precision
         shape = (cfg.n_layer, B, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
         self.lengths = [0] * B
@@ -440,7 +443,8 @@ class Cache:
             self.k[layer, :, :, self.at], self.v[layer, :, :, self.at] = k, v
         else:
             end, rows = max(self.lengths) + 1, torch.arange(len(self.lengths), device=k.device)
-            self.k[layer, rows, :, self.at], self.v[layer, rows, :, self.at] = k[:, :, 0].to(self.k.dtype), v[:, :, 0].to(self.v.dtype)
+            k, v = (t[:, :, 0].to(self.k.dtype) for t in (k, v))
+            self.k[layer, rows, :, self.at], self.v[layer, rows, :, self.at] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
