@@ -161,7 +161,8 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
         else:
             y = reference_attention(q, k, v, mask, dropout)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))  # (B, nh, T, hs) -> (B, T, C)
+        y = y if cache is None else y.to(x.dtype)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, nh, T, hs) -> (B, T, C)
 
 
 class MLP(nn.Module):
