@@ -601,7 +601,8 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     if val_tokens is None and not splits and about > 20 * shard_tokens:
         val_tokens = shard_tokens
     fingerprint = ",".join(s.fingerprint or "" for s in sources).strip(",") or None
-    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer, column=column, doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
+    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer, column=column,
+                    doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
                     weights=[s.weight for s in sources] if len(sources) > 1 else None, max_bytes=max_bytes, splits=splits)
     if bpe_size(tokenizer):
         settings.update(special=list(special), bpe_bytes=bpe_bytes)
@@ -635,7 +636,8 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
             raise UserError(f"{source} holds too little text to divide into train and val" if progress["shards"] else f"{source} holds no text")
         write_json(path(MANIFEST), dict(
             version=MANIFEST_VERSION, source=settings["source"], settings=settings,
-            tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)), vocab_size=enc.n_vocab, eot=enc.eot_token, shards=progress["shards"]))
+            tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)), vocab_size=enc.n_vocab, eot=enc.eot_token,
+            shards=progress["shards"]))
         os.remove(path(PROGRESS))
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None

@@ -87,7 +87,8 @@ def stream_texts(model, enc, prompts, max_new_tokens, temperature, top_k, top_p,
     yield [row.end() for row in rows]
 
 
-def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=None, stop=(), ckpt=None, out_dir=".", device="auto", dtype="auto"):
+def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=None, stop=(),
+                  ckpt=None, out_dir=".", device="auto", dtype="auto"):
     """-> the prompt and its continuation"""
     model, enc, _ = open_speaker(ckpt, out_dir, device, dtype)
     return prompt + "".join(piece for piece, in stream_texts(model, enc, [prompt], max_new_tokens, temperature, top_k, top_p, seed, stop))
@@ -132,15 +133,19 @@ def session(say):
 # -- how good it is
 
 def read_tokens(path, enc, split, limit=None):
-    """The tokens of a folder of shards, or of a text file, as numpy"""
+    """The first tokens of a folder of shards, or of a text file, (n,)"""
     if os.path.isdir(path):
         paths, _, manifest = data_loader.find_shards(path, split)
         if manifest and manifest["tokenizer"]["fingerprint"] != dataset.tokenizer_fingerprint(enc):
             raise UserError(f"{path} is in tokenizer {manifest['tokenizer']['name']}, which is not the model's; name the text itself")
-        tokens = np.concatenate([dataset.read_shard(p)[:limit] for p in paths])
+        parts = map(dataset.read_shard, paths)
     else:
-        tokens = np.concatenate([dataset.encode_pieces(enc, pieces) for pieces, _ in dataset.open_source(path).read(None)])
-    return tokens[:limit]
+        parts = (dataset.encode_pieces(enc, pieces) for pieces, _ in dataset.open_source(path).read(None))
+    taken, n = [], 0
+    while (limit is None or n < limit) and (part := next(parts, None)) is not None:
+        taken.append(part)
+        n += len(part)
+    return np.concatenate(taken)[:limit]
 
 
 @torch.inference_mode()
@@ -150,19 +155,19 @@ def perplexity(model, tokens, stride, batch=4096):
     by `stride` tokens and scores those that are new to it, so that each has at least block_size - stride before it.
     """
     device, T, n = next(model.parameters()).device, model.cfg.block_size, len(tokens) - 1
-    tokens = torch.as_tensor(tokens.astype(np.int64))
     ends = [min(T, n), *range(min(T, n) + stride, n, stride)]
     ends += [n] if ends[-1] < n else []
-    losses, scored = [], 0
-    while ends:
-        # windows of one length that score the same number of tokens go together
-        new, length = ends[0] - scored, min(T, ends[0])
-        group = [end for i, end in enumerate(ends[:max(1, batch // T)]) if min(T, end) == length and end - scored == new * (i + 1)]
-        idx = torch.stack([tokens[end - length:end] for end in group]).to(device)
-        targets = torch.cat([tokens[end - new + 1:end + 1] for end in group]).to(device)
-        losses.append(hellaswag.token_losses(model, model.hidden(idx)[:, -new:].flatten(0, 1), targets))
-        scored, ends = group[-1], ends[len(group):]
-        dataset.say(f"{scored:,} of {n:,} tokens", again=True) if sys.stdout.isatty() else None
+    losses, scored, i = [], 0, 0
+    while i < len(ends):
+        # windows that score the same number of tokens go together
+        new, length = ends[i] - scored, min(T, ends[i])
+        group = [end for k, end in enumerate(ends[i:i + max(1, batch // T)], 1) if end - scored == new * k and min(T, end) == length]
+        windows = torch.from_numpy(np.stack([tokens[end - length:end + 1] for end in group]).astype(np.int64)).to(device)
+        x = model.hidden(windows[:, :-1])[:, -new:]
+        losses.append(hellaswag.token_losses(model, x.flatten(0, 1), windows[:, -new:].flatten()))
+        scored, i = group[-1], i + len(group)
+        if sys.stdout.isatty():
+            dataset.say(f"{scored:,} of {n:,} tokens", again=True)
     return torch.cat(losses)
 
 
@@ -186,37 +191,40 @@ def speed(model, n=64):
     return n / (time.perf_counter() - began)
 
 
-def compare(names, a):
+def compare(names, text, split, stride, data, limit, device, dtype):
     """Prints one table of models, and the scores that are known from publications."""
-    examples = None
+    examples = []
     try:
-        examples = hellaswag.read_examples(a.data or hellaswag.download(), a.limit)
+        examples = hellaswag.read_examples(data or hellaswag.download(), limit)
     except UserError as e:
-        if a.data:
+        if data:
             raise
         print(f"no HellaSwag: {e}", file=sys.stderr)
-    columns = ("model", "parameters", "tokens", "loss", "bits/byte", *hellaswag.MEASURES, "tokens/s", "$")
-    rows = []
+    table = [("model", "parameters", "tokens", "loss", "bits/byte", *hellaswag.MEASURES, "tokens/s", "$")]
     for name in names:
-        model, enc, rest = open_speaker(*(("", name) if os.path.isdir(os.path.join(name, "checkpoints")) else (name, ".")), a.device, a.dtype)
-        val = rest.get("last_val", {})
-        if a.perplexity:
-            val = measure(model, enc, a.perplexity, a.split, a.stride or model.cfg.block_size // 2 or 1, None)
-        scores = [None] * 3
-        if examples:
-            *right, n = hellaswag.evaluate(model, enc, examples)
-            scores = [r / n for r in right]
-        totals = rest.get("totals", {})
-        rows.append((name, model.param_counts()["total"], totals.get("tokens"), val.get("loss", val.get("val")), val.get("bpb"), *scores, speed(model),
-                     totals.get("usd") or None))
-    rows += [(f"{name}, published", None, None, None, None, None, score, None, None, None) for name, score in hellaswag.REFERENCES.items()]
-    show = lambda x: "-" if x is None or x == math.inf else x if isinstance(x, str) else f"{x:,}" if isinstance(x, int) else f"{x:.4f}" if x < 30 else f"{x:,.1f}"
-    table = [columns, *([show(x) for x in row] for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-    for row in table:
-        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))))
-    where = f"on {a.perplexity}" if a.perplexity else "at the last validation, each on its own text"
-    print(f"loss (nats a token) and bits a byte {where}; HellaSwag on {len(examples) if examples else 0:,} examples", file=sys.stderr)
+        is_run = os.path.isdir(os.path.join(name, "checkpoints"))
+        model, enc, rest = open_speaker(None if is_run else name, name if is_run else ".", device, dtype)
+        val, totals = rest.get("last_val", {}), rest.get("totals", {})
+        loss, bpb = val.get("val"), val.get("bpb")
+        if text:
+            m = measure(model, enc, text, split, stride or half(model), None)
+            loss, bpb = m["loss"], m["bpb"]
+        *right, n = hellaswag.evaluate(model, enc, examples)
+        table.append((
+            name, f"{model.param_counts()['total']:,}", totals.get("tokens") and f"{totals['tokens']:,}", loss and f"{loss:.4f}",
+            bpb and f"{bpb:.4f}", *(n and f"{r / n:.4f}" for r in right), f"{speed(model):,.1f}", totals.get("usd") and f"{totals['usd']:.2f}"))
+    table += [(f"{name}, published", *[None] * 5, f"{score:.4f}", *[None] * 3) for name, score in hellaswag.REFERENCES.items()]
+    table = [[x or "-" for x in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *row in table:
+        print("  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(row, widths[1:]))]))
+    where = f"on {text}" if text else "at the last validation, each on its own text"
+    print(f"loss (nats a token) and bits a byte {where}; HellaSwag on {len(examples):,} examples", file=sys.stderr)
+
+
+def half(model):
+    """The usual stride: every token sees at least half of the context before it."""
+    return max(1, model.cfg.block_size // 2)
 
 
 # -- for others
@@ -263,7 +271,7 @@ def main():
         if not good:
             raise UserError(f"--{name}={getattr(a, name)} is out of range")
     if a.compare:
-        return compare(a.compare, a)
+        return compare(a.compare, a.perplexity, a.split, a.stride, a.data, a.limit, a.device, a.dtype)
     model, enc, rest = open_speaker(a.ckpt, a.out_dir, a.device, a.dtype)
     if a.stride and a.stride > model.cfg.block_size:
         raise UserError(f"--stride={a.stride} is more than the context of {model.cfg.block_size}")
@@ -273,10 +281,11 @@ def main():
             json.dump(rest["tokenizer"], f)
         return print(a.export)
     if a.perplexity:
-        stride = a.stride or model.cfg.block_size // 2 or 1
+        stride = a.stride or half(model)
         m = measure(model, enc, a.perplexity, a.split, stride, a.limit)
-        return dataset.say(f"{rest['about']} on {a.perplexity}: {m['tokens']:,} tokens, {m['loss']:.4f} nats a token, "
-                           f"perplexity {math.exp(m['loss']):.3f}, {m['bpb']:.4f} bits a byte; windows of {model.cfg.block_size} overlap by {model.cfg.block_size - stride}")
+        return dataset.say(
+            f"{rest['about']} on {a.perplexity}: {m['tokens']:,} tokens, {m['loss']:.4f} nats a token, perplexity {math.exp(m['loss']):.3f}, "
+            f"{m['bpb']:.4f} bits a byte; windows of {model.cfg.block_size} overlap by {model.cfg.block_size - stride}")
     print(rest["about"], file=sys.stderr)
     say = lambda prompts: stream_texts(model, enc, prompts, a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed, a.stop or ())
     if a.prompt is None:

@@ -201,7 +201,8 @@ def main():
     examples = read_examples(a.data or download(), a.limit)
     model, spec, rest = gpt.open_model(a.ckpt, a.out_dir, a.device, a.dtype)
     encoded = encode(examples, dataset.get_tokenizer(spec), model.cfg.block_size)
-    *right, n = score(model, encoded, progress=lambda right, n: dataset.say(f"{n}/{len(examples)}: {summary(right.tolist(), n)}", again=True))
+    news = lambda right, n: dataset.say(f"{n}/{len(examples)}: {summary(right.tolist(), n)}", again=True)
+    *right, n = score(model, encoded, progress=news if sys.stdout.isatty() else None)
     dataset.say(f"HellaSwag of {rest['about']}, {n:,} examples: {summary(right, n)}")
 
 

@@ -836,7 +836,8 @@ def main():
             last_val.update(step=step, val=loss, bpb=bpb)
         if first:
             name = "validation" if split == "val" else split
-            record(step, split, loss, f"step {step}/{max_steps} | {name} loss {loss:.4f} nats a token, {bpb:.4f} bits a byte", bpb=f"{bpb:.6f}", tokens=int(tokens))
+            record(step, split, loss, f"step {step}/{max_steps} | {name} loss {loss:.4f} nats a token, {bpb:.4f} bits a byte",
+                   bpb=f"{bpb:.6f}", tokens=int(tokens))
         return True
 
     def judge(step):
@@ -872,7 +873,8 @@ def main():
         if first:
             path = save_checkpoint({
                 "version": gpt.CHECKPOINT_VERSION, "step": step, "evaluated": evaluated, "model": weights, "optimizers": moments,
-                "scaler": scaler.state_dict(), "rng": states, "loader": loader.state_dict(), "micro_batch": B, "model_config": dataclasses.asdict(raw.cfg),
+                "scaler": scaler.state_dict(), "rng": states, "loader": loader.state_dict(), "micro_batch": B,
+                "model_config": dataclasses.asdict(raw.cfg),
                 "train_config": {k: globals()[k] for k in SETTINGS if k not in OF_ONE_START},
                 "tokenizer": spec, "data_fingerprint": fingerprint, "best": best, "last_val": last_val,
                 "wandb": board and board.id,
