@@ -445,6 +445,9 @@ def fetch(url, path):
             raise OSError("the connection was cut; run again to go on")
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as e:
+        if getattr(e, "code", None) == 416:  # there is nothing after what is here: it is whole, or of an older file
+            os.remove(part)
+            return fetch(url, path)
         raise UserError(f"cannot download {url} ({getattr(e, 'reason', None) or e}); check the network, or put a copy at {path}") from None
     return path
 

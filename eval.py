@@ -74,10 +74,14 @@ class Row:
         return self.held + self.decoder.decode(b"", final=True)
 
 
-def stream_texts(model, enc, prompts, max_new_tokens, temperature, top_k, top_p, seed=None, stop=()):
-    """Yields pieces of the prompts' continuations as they come, a list of one for each prompt."""
+def dice(model, seed=None):
     generator = torch.Generator(next(model.parameters()).device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
+    return generator
+
+
+def stream_texts(model, enc, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop=()):
+    """Yields pieces of the prompts' continuations as they come, a list of one for each prompt."""
     tokens = model.stream([[enc.eot_token] + enc.encode_ordinary(p) for p in prompts], temperature, top_k, top_p, generator)
     rows = [Row(enc, stop) for _ in prompts]
     for _ in range(max_new_tokens):
@@ -91,7 +95,8 @@ def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p
                   ckpt=None, out_dir=".", device="auto", dtype="auto"):
     """-> the prompt and its continuation"""
     model, enc, _ = open_speaker(ckpt, out_dir, device, dtype)
-    return prompt + "".join(piece for piece, in stream_texts(model, enc, [prompt], max_new_tokens, temperature, top_k, top_p, seed, stop))
+    pieces = stream_texts(model, enc, [prompt], max_new_tokens, temperature, top_k, top_p, dice(model, seed), stop)
+    return prompt + "".join(piece for piece, in pieces)
 
 
 def print_samples(prompts, say):
@@ -145,7 +150,10 @@ def read_tokens(path, enc, split, limit=None):
     while (limit is None or n < limit) and (part := next(parts, None)) is not None:
         taken.append(part)
         n += len(part)
-    return np.concatenate(taken)[:limit]
+    tokens = np.concatenate([*taken, np.empty(0, dtype=np.uint16)])[:limit]
+    if len(tokens) and tokens.max() >= enc.n_vocab:
+        raise UserError(f"{path} has token {tokens.max()}, which is outside the model's vocabulary of {enc.n_vocab:,}")
+    return tokens
 
 
 @torch.inference_mode()
@@ -173,11 +181,13 @@ def perplexity(model, tokens, stride, batch=4096):
 
 def measure(model, enc, path, split, stride, limit):
     """-> a dict of what the model makes of a text"""
+    if stride > model.cfg.block_size:
+        raise UserError(f"--stride={stride} is more than the context of {model.cfg.block_size}")
     tokens = read_tokens(path, enc, split, limit)
     if len(tokens) < 2:
         raise UserError(f"{path} has {len(tokens)} tokens; there is nothing to predict")
     losses = perplexity(model, tokens, stride)
-    nats, n_bytes = losses.double().sum().item(), int(dataset.token_bytes(enc)[tokens[1:]].sum())
+    nats, n_bytes = losses.cpu().double().sum().item(), int(dataset.token_bytes(enc)[tokens[1:]].sum())
     return dict(loss=nats / len(losses), bpb=nats / math.log(2) / n_bytes if n_bytes else math.nan, tokens=len(losses))
 
 
@@ -233,7 +243,7 @@ def export(model, enc, folder):
     """Writes the model and its tokenizer for transformers: AutoModelForCausalLM, AutoTokenizer."""
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"{folder} is not empty; choose another folder for --export")
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, enc.eot_token)
     spec = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.cfg.block_size, "eos_token": dataset.EOT, "bos_token": dataset.EOT,
             "unk_token": dataset.EOT, "clean_up_tokenization_spaces": False}
     for name, content in (("tokenizer.json", dataset.hugging_face_tokenizer(enc)), ("tokenizer_config.json", spec)):
@@ -264,17 +274,19 @@ def main():
     p.set_defaults(**{k: v.default for k, v in inspect.signature(generate_text).parameters.items() if k not in ("prompt", "stop")})
     p.set_defaults(max_new_tokens=200)
     a = p.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a letter
-    for name, good in (("num_samples", a.num_samples >= 1), ("max_new_tokens", a.max_new_tokens >= 1), ("temperature", 0 <= a.temperature < math.inf),
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # where the terminal lacks a letter
+    for name, good in (("num_samples", a.num_samples >= 1), ("max_new_tokens", a.max_new_tokens >= 1),
+                       ("temperature", a.temperature == 0 or 1e-4 <= a.temperature < math.inf), ("seed", a.seed is None or 0 <= a.seed < 2**63),
                        ("top_k", a.top_k >= 0), ("top_p", 0 < a.top_p <= 1), ("stride", a.stride is None or a.stride >= 1),
                        ("limit", a.limit is None or a.limit >= 1), ("stop", "" not in (a.stop or ()))):
         if not good:
             raise UserError(f"--{name}={getattr(a, name)} is out of range")
     if a.compare:
         return compare(a.compare, a.perplexity, a.split, a.stride, a.data, a.limit, a.device, a.dtype)
+    if a.export:  # as trained, whatever the machine computes in
+        a.device, a.dtype = "cpu", "float32" if a.dtype == "auto" else a.dtype
     model, enc, rest = open_speaker(a.ckpt, a.out_dir, a.device, a.dtype)
-    if a.stride and a.stride > model.cfg.block_size:
-        raise UserError(f"--stride={a.stride} is more than the context of {model.cfg.block_size}")
     if a.export:
         export(model, enc, a.export)
         with open(os.path.join(a.export, gpt.TOKENIZER_SPEC), "w", encoding="utf-8") as f:
@@ -287,7 +299,8 @@ def main():
             f"{rest['about']} on {a.perplexity}: {m['tokens']:,} tokens, {m['loss']:.4f} nats a token, perplexity {math.exp(m['loss']):.3f}, "
             f"{m['bpb']:.4f} bits a byte; windows of {model.cfg.block_size} overlap by {model.cfg.block_size - stride}")
     print(rest["about"], file=sys.stderr)
-    say = lambda prompts: stream_texts(model, enc, prompts, a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed, a.stop or ())
+    generator = dice(model, a.seed)
+    say = lambda prompts: stream_texts(model, enc, prompts, a.max_new_tokens, a.temperature, a.top_k, a.top_p, generator, a.stop or ())
     if a.prompt is None:
         return session(say)
     print_samples([prompt for prompt in a.prompt for _ in range(a.num_samples)], say)

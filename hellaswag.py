@@ -5,7 +5,8 @@ HellaSwag (Zellers et al., 2019): which of four endings continues the context? C
     python hellaswag.py --ckpt gpt2 --data hellaswag_val.jsonl --limit 1000
 
 Three measures of an ending are in use, and give three scores: the sum of its tokens' log-probabilities (acc), their average
-(build-nanogpt's acc_norm: GPT-2 124M scores 0.2955), and the sum over its length in bytes (lm-evaluation-harness's acc_norm).
+(build-nanogpt's acc_norm: GPT-2 124M scores 0.2955), and the sum over its length in bytes (lm-evaluation-harness's acc_bytes, and
+its acc_norm where a character is a byte). The text is taken as it stands; lm-evaluation-harness's own task cleans it first.
 """
 import json
 import os
@@ -51,7 +52,9 @@ def read_examples(path, limit=None):
                 if not line.strip():
                     continue
                 example = json.loads(line)
-                if not (isinstance(example["ctx"], str) and len(example["endings"]) == 4 and 0 <= int(example["label"]) < 4):
+                texts = [example["ctx"], *example["endings"]]
+                if len(texts) != 5 or isinstance(example["endings"], str) or not 0 <= int(example["label"]) < 4 or \
+                        not all(isinstance(t, str) and t for t in texts):
                     raise KeyError
                 examples.append(example)
     except OSError as e:
@@ -134,11 +137,13 @@ def ending_losses(model, batch):
 
 
 # By whether the device is CUDA: tokens of a batch, and places whose logits are computed at once
-BUDGET, CHUNK = {False: 1024, True: 65536}, {False: 512, True: 8192}
+BUDGET, CHUNK = {False: 1024, True: 16384}, {False: 512, True: 2048}
 
 
 def encode(examples, enc, block_size):
     """Each example as (context, endings, bytes of the endings, label), which batches are made of; once for many evaluations."""
+    if block_size < 2:
+        raise UserError("HellaSwag takes a model with a context of two tokens at least")
     return [(*split_example(e, enc, block_size), [len(ending.encode()) for ending in e["endings"]], int(e["label"])) for e in examples]
 
 

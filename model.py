@@ -358,9 +358,10 @@ class GPT(nn.Module):
 
     # -- where it comes from
 
-    def save_pretrained(self, folder):
-        """Writes config.json and the weights as a Hugging Face GPT-2, with its logits for every token in use."""
+    def save_pretrained(self, folder, eot=None):
+        """Writes config.json and the weights as a Hugging Face GPT-2, with its logits for every token in use. `eot` ends a text (the last token)."""
         cfg, t = self.cfg, self.transformer
+        eot = cfg.n_tokens - 1 if eot is None else eot
         for field, good in (("pos", cfg.pos != "rotary"), ("norm", cfg.norm == "layer"), ("qk_norm", not cfg.qk_norm), ("softcap", not cfg.softcap),
                             ("head_bias", not cfg.head_bias)):
             if not good:
@@ -381,7 +382,7 @@ class GPT(nn.Module):
         config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=cfg.n_tokens, n_positions=cfg.block_size, n_ctx=cfg.block_size,
             n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head, activation_function={v: k for k, v in HF_ACTIVATIONS.items()}[cfg.act],
-            tie_word_embeddings=cfg.tie_head, layer_norm_epsilon=1e-5, bos_token_id=cfg.n_tokens - 1, eos_token_id=cfg.n_tokens - 1,
+            tie_word_embeddings=cfg.tie_head, layer_norm_epsilon=1e-5, bos_token_id=eot, eos_token_id=eot,
             resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, torch_dtype=str(t.wte.weight.dtype).removeprefix("torch."))
         weights = {k: v.cpu() for k, v in weights.items()}
         try:
@@ -401,6 +402,8 @@ class GPT(nn.Module):
         """GPT-2 weights of Hugging Face: a directory, or a name such as gpt2, gpt2-xl, owner/name."""
         folder = name if os.path.isdir(name) else download(name)
         config, weights = read_hugging_face(folder)
+        if lacking := {"n_positions", "vocab_size", "n_layer", "n_head", "n_embd"} - config.keys():
+            raise UserError(f"{name}: its config.json has no {', '.join(sorted(lacking))}")
         for key, value in {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                            "n_inner": None, "add_cross_attention": False}.items():
             if config.get(key, value) != value and (key, config[key]) != ("n_inner", 4 * config["n_embd"]):
@@ -558,7 +561,10 @@ def checkpoint_step(path):
 
 def read_checkpoint(path):
     """The dict that train.py saved, on the CPU."""
-    ckpt = read_weights(path)
+    return check_checkpoint(read_weights(path), path)
+
+
+def check_checkpoint(ckpt, path):
     if not {"version", "model", "model_config", "tokenizer", "step"} <= ckpt.keys():
         raise UserError(f"{path} is not a checkpoint of train.py")
     if ckpt["version"] != CHECKPOINT_VERSION:
@@ -587,11 +593,14 @@ def read_weights(path):
 
 def convert_foreign(ckpt, path):
     """A checkpoint of nanoGPT or build-nanogpt, or bare weights with their names -> one of ours, as far as it goes"""
-    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in ckpt.get("model", ckpt).items()}
+    weights = ckpt.get("model", ckpt)
+    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()
+               if isinstance(k, str) and torch.is_tensor(v)} if isinstance(weights, dict) else {}
     weights = {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}  # causal masks, where there was no fused attention
-    if not {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "lm_head.weight"} <= weights.keys():
+    if not {"transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.ln_1.weight", "lm_head.weight"} <= weights.keys():
         raise UserError(f"{path} is not a checkpoint of train.py, nanoGPT or build-nanogpt")
-    said = ckpt.get("model_args") or vars(ckpt.get("config")) if isinstance(ckpt.get("config"), StandIn) or "model_args" in ckpt else {}
+    config = ckpt.get("config")
+    said = vars(config) if isinstance(config, StandIn) else ckpt.get("model_args", {})
     vocab_size, n_embd = weights["transformer.wte.weight"].shape
     shape = dict(
         vocab_size=vocab_size, n_embd=n_embd, block_size=len(weights["transformer.wpe.weight"]),
@@ -605,7 +614,7 @@ def convert_foreign(ckpt, path):
 def load_checkpoint(path, device="cpu"):
     """-> the model, ready for use, and the rest of the checkpoint (step, tokenizer, training config, ...)."""
     ckpt = read_weights(path)
-    ckpt = read_checkpoint(path) if "version" in ckpt else convert_foreign(ckpt, path)
+    ckpt = check_checkpoint(ckpt, path) if "version" in ckpt else convert_foreign(ckpt, path)
     if unknown := set(ckpt["model_config"]) - {f.name for f in fields(GPTConfig)}:
         raise UserError(f"{path} was written by a newer program: it has {', '.join(sorted(unknown))}")
     model = GPT(GPTConfig(**ckpt["model_config"]))
@@ -632,8 +641,10 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
     else:
         model, ckpt, about = GPT.from_pretrained(name), {"tokenizer": read_spec(name)}, name
     spec, total = ckpt["tokenizer"], model.param_counts()["total"]
-    if spec == {"name": "gpt2"} and model.cfg.n_tokens < GPT2_TOKENS:
-        raise UserError(f"{name} has a vocabulary of {model.cfg.n_tokens:,}, and does not say which tokenizer it goes with")
+    if spec == {"name": "gpt2"}:
+        if model.cfg.n_tokens < GPT2_TOKENS:
+            raise UserError(f"{name} has a vocabulary of {model.cfg.n_tokens:,}, and does not say which tokenizer it goes with")
+        model.cfg.n_tokens = GPT2_TOKENS  # other people's padding is not marked
     model.to(device, pick_dtype(dtype, device)).eval()
     return model, spec, {**ckpt, "about": f"{about}, {total / 1e6:.1f}M parameters, {device.type}"}
 
@@ -643,5 +654,11 @@ def read_spec(folder):
     path = os.path.join(folder, TOKENIZER_SPEC)
     if not os.path.isfile(path):
         return {"name": "gpt2"}
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            spec = json.load(f)
+        if spec["name"] not in ("gpt2", "byte"):
+            [a + b for a, b in spec["merges"]]
+        return spec
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a tokenizer that eval.py --export wrote") from None

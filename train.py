@@ -377,7 +377,7 @@ def initial_model(asked):
         model, source = gpt.load_checkpoint(init_from)
         spec = source["tokenizer"]
     else:
-        model, spec = GPT.from_pretrained(init_from), {"name": "gpt2"}
+        model, spec = GPT.from_pretrained(init_from), gpt.read_spec(init_from)
     wanted = {**RECIPES[recipe], **asked}
     check_shape(init_from, dataclasses.asdict(model.cfg), wanted)
     for k in ("dropout", "attention"):
