@@ -113,7 +113,7 @@ def print_samples(prompts, say):
 
 
 def session(say):
-    """What is typed is added to the text, and the model goes on with it. Ctrl-C interrupts it, Ctrl-D ends the session."""
+    """What is typed is added to the text, and the model goes on with it. Ctrl-C interrupts it, Ctrl-D ends it all."""
     try:
         import readline  # gives input() a history; not on Windows
     except ImportError:
