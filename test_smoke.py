@@ -1200,10 +1200,11 @@ def test_init_from_takes_over_the_shape_and_new_dropout(workspace, tmp_path):
 
 
 def test_resuming_takes_new_settings_of_the_optimizer(workspace, tmp_path):
-    r = script(here("train.py"), "--resume=runs/fp32/checkpoints/model_000030.pt", "--max_steps=31", "--weight_decay=0.7", f"--out_dir={tmp_path}", cwd=workspace)
+    r = script(here("train.py"), "--resume=runs/fp32/checkpoints/model_000030.pt", "--max_steps=31", "--weight_decay=0.7", "--val_interval=0", f"--out_dir={tmp_path}", cwd=workspace)
     assert r.returncode == 0, r.stderr
-    groups = gpt.read_checkpoint(str(tmp_path / "checkpoints/model_000031.pt"))["optimizers"][0]["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.7, 0.0]
+    ckpt = gpt.read_checkpoint(str(tmp_path / "checkpoints/model_000031.pt"))
+    assert [g["weight_decay"] for g in ckpt["optimizers"][0]["param_groups"]] == [0.7, 0.0]
+    assert ckpt["last_val"]["val"] == pytest.approx(losses(workspace / "runs/fp32", "val")[-1], abs=1e-6)  # of the checkpoint: none came after it
 
 
 def test_two_processes_train_without_hellaswag_where_it_cannot_be_had(workspace, tmp_path):
