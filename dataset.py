@@ -4,12 +4,14 @@ Text in, token shards out.
     python dataset.py                                          # FineWeb-Edu sample-10BT -> data/fineweb-edu/
     python dataset.py --source=book.txt --tokenizer=bpe:4096   # your own text, your own tokenizer -> data/book/
     python dataset.py --source=a.jsonl,b.txt --weights=3,1     # a mix of documents, three tokens of a to one of b
+    python dataset.py --source=pairs.jsonl                     # prompts and responses to fine-tune on, with a loss mask
 
 A shard is a file in the format of llm.c: 256 little-endian int32 (magic, version, token count, zeros), then the
 tokens as uint16. Every document begins with the end-of-text token; text is encoded with special tokens off.
 Killed at any instant and started again, the command goes on, to the same bytes.
 """
 import argparse
+import contextlib
 import ctypes
 import difflib
 import gc
@@ -44,6 +46,7 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 MANIFEST, PROGRESS, TOKENIZER = "meta.json", "progress.json", "tokenizer.json"
 MANIFEST_VERSION = 1
+TOKEN, LEARNED, BEGINS = 0xFFFF, 1, 2  # a token of a pair carries flags above its 16 bits; the flags are what a .mask file holds
 
 # Named sources: a Hugging Face dataset (`hub`, `config`, `revision`), a text file (`url`), or a `mix` of others by their
 # weights in tokens. `tokens` is about what it holds, for the time left. The rest are defaults for prepare's options.
@@ -134,6 +137,35 @@ def token_bytes(enc):
         except KeyError:  # a gap in the numbering
             pass
     return lengths
+
+
+def chat_template(enc):
+    """What stands before a user's and an assistant's words: special tokens where the tokenizer has them, else plain text."""
+    special = {"user": "<|user|>", "assistant": "<|assistant|>"}
+    return special if set(special.values()) <= enc.special_tokens_set else {"user": "User:\n", "assistant": "\n\nAssistant:\n"}
+
+
+def encode_chat(enc, template, turns):
+    """
+    Turns of (prompt, response) -> (n,) uint32, tokens and their flags. A turn is the end-of-text token, the user's marker, the
+    prompt, the assistant's marker and the response; a response of None is yet to be given. Learned are the responses, and the
+    end-of-text after each: the last one's is that of the pair that follows, or padding. Special tokens in a text stay text.
+    """
+    marker = {role: [enc.encode_single_token(m)] if m in enc.special_tokens_set else enc.encode_ordinary(m) for role, m in template.items()}
+    tokens, flags = [], []
+    for prompt, response in turns:
+        asked = [enc.eot_token, *marker["user"], *enc.encode_ordinary(prompt), *marker["assistant"]]
+        answer = enc.encode_ordinary(response) if response is not None else []
+        flags += [LEARNED if tokens else BEGINS] + [0] * (len(asked) - 1) + [LEARNED] * len(answer)
+        tokens += asked + answer
+    return np.array(tokens, dtype=np.uint32) | np.array(flags, dtype=np.uint32) << 16
+
+
+def prompt_tokens(enc, template, turns):
+    """The tokens after which a model is to go on: of a chat, or without a template of a bare text, the last turn's prompt."""
+    if template:
+        return (encode_chat(enc, template, turns) & TOKEN).tolist()
+    return [enc.eot_token, *enc.encode_ordinary(turns[-1][0])]
 
 
 def hugging_face_tokenizer(enc):
@@ -271,6 +303,18 @@ def read_shard(path):
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
 
 
+def mask_path(path):
+    return os.path.splitext(path)[0] + ".mask"
+
+
+def read_mask(path):
+    """The flags of a shard of pairs, a byte a token, memory-mapped.  -> (n,) uint8"""
+    try:
+        return np.memmap(mask_path(path), dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {mask_path(path)}: {getattr(e, 'strerror', None) or e}") from None
+
+
 def write_atomically(path, data):
     """A file of this name is complete, whatever happens meanwhile."""
     with open(path + ".tmp", "wb") as f:
@@ -286,23 +330,31 @@ def write_json(path, obj):
 
 class ShardWriter:
     """
-    Appends tokens to train_000000.bin, val_000000.bin, ... `shards` says what they hold so far, a dict each; it is the
-    whole state: a writer made from a saved one cuts off what was written after it.
+    Appends tokens to train_000000.bin, val_000000.bin, ... and, where they are masked, their flags to train_000000.mask, ...
+    `shards` says what they hold so far, a dict each; it is the whole state: a writer made from a saved one cuts off what was
+    written after it. `begin` is the token, with its flags, that a document begins with.
     """
 
-    def __init__(self, folder, shard_tokens, lengths, eot, shards):
-        self.folder, self.shard_tokens, self.lengths, self.eot = folder, shard_tokens, lengths, eot
-        self.shards, self.files = shards, {}
+    def __init__(self, folder, shard_tokens, lengths, begin, shards, masked=False):
+        self.folder, self.shard_tokens, self.lengths, self.begin = folder, shard_tokens, lengths, begin
+        self.shards, self.masked, self.files = shards, masked, {}  # split -> the files of its last shard
+        known = {s["file"] for s in shards}
         for name in os.listdir(folder):
-            if re.fullmatch(r"(train|val|test)_\d{6}\.bin", name) and name not in {s["file"] for s in shards}:
+            if re.fullmatch(r"(train|val|test)_\d{6}\.(bin|mask)", name) and os.path.splitext(name)[0] + ".bin" not in known:
                 os.remove(os.path.join(folder, name))
         for s in shards:
-            path, size = os.path.join(folder, s["file"]), HEADER_BYTES + 2 * s["tokens"]
-            if not os.path.isfile(path) or os.path.getsize(path) < size:
-                raise UserError(f"{path} is not as it was left; remove {folder} and start again")
+            sizes = dict(zip(self.paths(s), (HEADER_BYTES + 2 * s["tokens"], s["tokens"])))
+            for path, size in sizes.items():
+                if not os.path.isfile(path) or os.path.getsize(path) < size:
+                    raise UserError(f"{path} is not as it was left; remove {folder} and start again")
+                if s["tokens"] < shard_tokens:
+                    os.truncate(path, size)
             if s["tokens"] < shard_tokens:
-                os.truncate(path, size)
-                self.files[s["split"]] = open(path, "ab")
+                self.files[s["split"]] = [open(path, "ab") for path in sizes]
+
+    def paths(self, shard):
+        path = os.path.join(self.folder, shard["file"])
+        return [path, mask_path(path)][:1 + self.masked]
 
     def append(self, split, tokens):
         while len(tokens):
@@ -310,33 +362,35 @@ class ShardWriter:
             if not own or own[-1]["tokens"] == self.shard_tokens:
                 shard = dict(file=f"{split}_{len(own):06d}.bin", split=split, tokens=0, bytes=0, documents=0, crc32=0)
                 self.shards.append(shard)
-                self.files[split] = open(os.path.join(self.folder, shard["file"]), "wb")
-                self.files[split].write(shard_header(0))
+                self.files[split] = [open(path, "wb") for path in self.paths(shard)]
+                self.files[split][0].write(shard_header(0))
             else:
                 shard = own[-1]
             part = tokens[:self.shard_tokens - shard["tokens"]]
             tokens = tokens[len(part):]
-            raw = part.astype("<u2").tobytes()
-            self.files[split].write(raw)
+            ids = part & TOKEN
+            for f, key, raw in zip(self.files[split], ("crc32", "mask_crc32"), (ids.astype("<u2"), (part >> 16).astype(np.uint8))):
+                f.write(raw.tobytes())
+                shard[key] = zlib.crc32(raw.tobytes(), shard.get(key, 0))
             shard["tokens"] += len(part)
-            shard["bytes"] += int(self.lengths[part].sum())
-            shard["documents"] += int(np.count_nonzero(part == self.eot))
-            shard["crc32"] = zlib.crc32(raw, shard["crc32"])
+            shard["bytes"] += int(self.lengths[ids].sum())
+            shard["documents"] += int(np.count_nonzero(part == self.begin))
             if shard["tokens"] == self.shard_tokens:
                 self.close(shard)
 
     def close(self, shard):
         """Writes the token count into the header, which a file opened for appending cannot."""
-        f = self.files.pop(shard["split"])
-        self.sync(f)
-        f.close()
+        files = self.files.pop(shard["split"])
+        self.sync(files)
+        for f in files:
+            f.close()
         with open(os.path.join(self.folder, shard["file"]), "r+b") as f:
             f.write(shard_header(shard["tokens"]))
-            self.sync(f)
+            self.sync([f])
 
-    def sync(self, *files):
+    def sync(self, files=None):
         """What was appended is on the disk, and may be spoken of in a progress file."""
-        for f in files or self.files.values():
+        for f in files or itertools.chain(*self.files.values()):
             f.flush()
             os.fsync(f.fileno())
 
@@ -346,7 +400,7 @@ class ShardWriter:
 
 
 # -- sources. Each is read as batches of pieces and the state from which the next batch can be read. A piece is
-#    (text, whether it begins a document).
+#    (text, whether it begins a document), or (turns, True) of a file of pairs.
 
 @dataclass
 class Source:
@@ -357,6 +411,7 @@ class Source:
     tokens: float | None = None  # about how many it holds, for the time left
     fingerprint: str | None = None  # of local files: another text is noticed
     weight: float = 1.0  # in a mix
+    pairs: list | None = None  # the paths, if they hold prompts and responses
 
 
 BATCH_BYTES = 1 << 20  # of text that a thread encodes at a time
@@ -364,7 +419,7 @@ PIECE_BYTES = 1 << 20  # of a document that is read at a time
 SAVE_SECONDS = 2  # between progress files
 
 
-def open_sources(spec, weights=None, column="text", doc_sep=None):
+def open_sources(spec, weights=None, column=None, doc_sep=None):
     """"wikisource" -> [Source]; "toygpt" or "a.txt,b.jsonl" -> several, to be mixed by their weights"""
     mix = SOURCES.get(spec, {}).get("mix", {})
     names = list(mix) or ([spec] if os.path.exists(spec) else spec.split(","))
@@ -375,13 +430,15 @@ def open_sources(spec, weights=None, column="text", doc_sep=None):
     if len(weights) != len(names) or not all(0 < w < math.inf for w in weights):
         raise UserError(f"--weights must be {len(names)} numbers above zero, one for each of {', '.join(names)}")
     sources = [open_source(name, column, doc_sep) for name in names]
+    if len({bool(s.pairs) for s in sources}) > 1:
+        raise UserError(f"{next(s.label for s in sources if s.pairs)} holds pairs; they cannot be mixed with texts")
     for source, weight in zip(sources, weights):
         source.weight = weight
     return sources
 
 
-def open_source(spec, column="text", doc_sep=None):
-    row = SOURCES.get(spec, {})
+def open_source(spec, column=None, doc_sep=None):
+    row, text = SOURCES.get(spec, {}), column or "text"
     if "hub" in row or spec.startswith("hf:"):
         if not row:
             hub, _, config = spec[3:].partition(":")
@@ -390,7 +447,7 @@ def open_source(spec, column="text", doc_sep=None):
             row = dict(hub=hub, config=config or None)
         where = dict(path=row["hub"], name=row.get("config"), revision=row.get("revision"))
         name = spec if spec in SOURCES else re.sub(r"\W+", "-", row["hub"].split("/")[-1].lower())
-        return Source(name, spec, lambda state: read_dataset(spec, column, state, **where), tokens=row.get("tokens"))
+        return Source(name, spec, lambda state: read_dataset(spec, text, state, **where), tokens=row.get("tokens"))
     if "url" in row:
         spec = fetch(row["url"], os.path.join("data", spec + ".txt"))
 
@@ -413,18 +470,19 @@ def open_source(spec, column="text", doc_sep=None):
     stem = os.path.splitext(os.path.basename(spec))[0]
     name = re.sub(r"[^\w.-]+", "", stem) or os.path.basename(os.path.dirname(os.path.abspath(spec)))
     kinds = {os.path.splitext(p)[1].lower() for p in paths}
+    pairs = paths if kinds == {".jsonl"} and not column and holds_pairs(paths[0]) else None
     if kinds & {".jsonl", ".parquet"}:
         if len(kinds) > 1:
             raise UserError(f"{spec} matches files of several kinds; name one kind")
         if doc_sep is not None:
             raise UserError(f"--doc_sep is for text files; in {spec} every row is a document")
         loader = "json" if kinds == {".jsonl"} else "parquet"
-        read = lambda state: read_dataset(spec, column, state, path=loader, data_files=paths)
+        read = lambda state: read_pairs(paths, state) if pairs else read_dataset(spec, text, state, path=loader, data_files=paths)
     else:
         # A text with few, long documents is cut into pieces, so that it too can be divided into train and val.
         piece = min(PIECE_BYTES, max(64, size // 20))
         read = lambda state: read_text(paths, doc_sep, piece, state)
-    return Source(name, os.path.basename(spec), read, size=size, fingerprint=file_fingerprint(paths))
+    return Source(name, os.path.basename(spec), read, size=size, fingerprint=file_fingerprint(paths), pairs=pairs)
 
 
 def fetch(url, path):
@@ -540,6 +598,101 @@ def decode(raw, path, offset):
                         "is it a binary file, or in another encoding?") from None
 
 
+def parse_pair(line):
+    """
+    A line of a file of pairs -> its kind and its turns. A ValueError says what is wrong with it.
+
+    >>> parse_pair(b'{"instruction": "Add.", "input": "1 and 2", "output": "3"}')
+    ('instruction, input, output', [('Add.\n\n1 and 2', '3')])
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise ValueError("messages is not a list of messages")
+        system = messages[0].get("content") if messages and messages[0].get("role") == "system" else None
+        messages = messages[system is not None:]
+        roles = [m.get("role") for m in messages]
+        if len(roles) < 2 or roles != (["user", "assistant"] * len(roles))[:len(roles)]:
+            raise ValueError("messages are not a user's and an assistant's in turn")
+        texts = [text_of(m, "content") for m in messages[:len(roles) // 2 * 2]]  # a last question without an answer teaches nothing
+        texts[0] = f"{system or ''}\n\n{texts[0]}".strip()
+        return "messages", list(zip(texts[::2], texts[1::2]))
+    if "instruction" in row:
+        return "instruction, input, output", [(prompt_of(row), text_of(row, "output"))]
+    return "prompt, response", [(prompt_of(row), text_of(row, "response"))]
+
+
+def prompt_of(row):
+    return f"{text_of(row, 'instruction')}\n\n{row.get('input') or ''}".strip() if "instruction" in row else text_of(row, "prompt")
+
+
+def text_of(row, key):
+    """The text under a key, without white space around it"""
+    if key not in row:
+        raise ValueError(f"no {key}")
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key} is not text")
+    if not row[key].strip():
+        raise ValueError(f"empty {key}")
+    return row[key].strip()
+
+
+def holds_pairs(path):
+    """Whether one of the first lines is a pair"""
+    with open_source_file(path) as f:
+        for line in itertools.islice(f, 100):
+            with contextlib.suppress(ValueError):
+                return bool(parse_pair(line))
+    return False
+
+
+def check_pairs(paths, strict):
+    """Says what the files hold, and which lines are no pairs: they are left out, or the first of them is the end."""
+    for path in paths:
+        kinds, wrong = Counter(), defaultdict(list)
+        with open_source_file(path) as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    if line.strip():
+                        kinds[parse_pair(line)[0]] += 1
+                except ValueError as e:
+                    if strict:
+                        raise UserError(f"{path}, line {number}: {e}; without --strict such lines are left out") from None
+                    wrong[str(e)].append(number)
+        say(f"{path}: " + (", ".join(f"{n:,} pairs ({kind})" for kind, n in kinds.items()) or "no pairs"))
+        for why, numbers in wrong.items():
+            more = f" and {len(numbers) - 20:,} more" if len(numbers) > 20 else ""
+            say(f"{path}: {why}: left out, {len(numbers):,} line{'s' * (len(numbers) > 1)}: {', '.join(map(str, numbers[:20]))}{more}")
+
+
+def read_pairs(paths, state):
+    """The conversations of .jsonl files; lines that are none are passed over."""
+    file_index, offset = state or (0, 0)
+    batch, batch_bytes = [], 0
+    for file_index in range(file_index, len(paths)):
+        with open_source_file(paths[file_index]) as f:
+            f.seek(offset)
+            for line in f:
+                offset += len(line)
+                with contextlib.suppress(ValueError):
+                    batch.append((parse_pair(line)[1], True))
+                    batch_bytes += len(line)
+                if batch_bytes >= BATCH_BYTES:
+                    yield batch, (file_index, offset)
+                    batch, batch_bytes = [], 0
+        offset = 0
+    if batch:
+        yield batch, (len(paths), 0)
+
+
 def read_dataset(spec, column, state, path, **where):
     """Rows of a Hugging Face dataset, from the hub or from local files, as a stream."""
     import datasets
@@ -568,9 +721,12 @@ def read_dataset(spec, column, state, path, **where):
 
 # -- the work
 
-def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_sep=None, weights=None, max_bytes=None, splits=None,
-            val_tokens=None, shard_tokens=100_000_000, special=None, bpe_bytes=200_000_000, workers=None):
-    """Tokenizes a source into a folder of shards, and returns the folder. Goes on where an earlier call was stopped."""
+def prepare(source="fineweb-edu", tokenizer=None, out=None, column=None, doc_sep=None, weights=None, max_bytes=None, splits=None,
+            val_tokens=None, shard_tokens=100_000_000, special=None, bpe_bytes=200_000_000, workers=None, strict=False):
+    """
+    Tokenizes a source into a folder of shards, and returns the folder. Goes on where an earlier call was stopped. The tokenizer
+    is a name, a path, or a spec.
+    """
     row = SOURCES.get(source, {})
     tokenizer = tokenizer or row.get("tokenizer", "gpt2")
     special = special or row.get("special", (EOT,))
@@ -595,19 +751,24 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
         split_shares(splits)
         if val_tokens is not None:
             raise UserError("--splits and --val_tokens exclude each other")
+    pairs = [path for s in sources for path in s.pairs or ()]
+    if pairs and val_tokens is not None:
+        raise UserError("--val_tokens would cut a pair in two; use --splits")
+    if strict and not pairs:
+        raise UserError(f"--strict is for pairs; {source} holds none")
     known = lambda sizes: None if None in sizes else sum(sizes)
     size, expected = known([s.size for s in sources]), row.get("tokens") or known([s.tokens for s in sources])
     if max_bytes:
         size = min(size or max_bytes, max_bytes)
     # val_tokens: the first tokens of the stream. By default a shard of a large source, else a tenth of the documents.
     about = min((n for n in (expected, size and size / 4) if n), default=0)  # about 4 bytes a token
-    if val_tokens is None and not splits and about > 20 * shard_tokens:
+    if val_tokens is None and not splits and not pairs and about > 20 * shard_tokens:
         val_tokens = shard_tokens
     fingerprint = ",".join(s.fingerprint or "" for s in sources).strip(",") or None
-    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer, column=column,
+    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer if isinstance(tokenizer, str) else tokenizer["name"], column=column or "text",
                     doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
                     weights=[s.weight for s in sources] if len(sources) > 1 else None, max_bytes=max_bytes, splits=splits)
-    if bpe_size(tokenizer):
+    if isinstance(tokenizer, str) and bpe_size(tokenizer):
         settings.update(special=list(special), bpe_bytes=bpe_bytes)
     else:
         settings.update(tokenizer_fingerprint=tokenizer_fingerprint(get_tokenizer(tokenizer)))
@@ -615,7 +776,10 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     try:
         os.makedirs(out, exist_ok=True)
         path = lambda name: os.path.join(out, name)
-        if (manifest := read_manifest(out)) is not None:
+        manifest = read_manifest(out)
+        if pairs and (strict or manifest is None):
+            check_pairs(pairs, strict)
+        if manifest is not None:
             check_settings(out, manifest["settings"], settings)
             if os.path.exists(path(PROGRESS)):
                 os.remove(path(PROGRESS))
@@ -634,13 +798,14 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
             progress = dict(settings=settings, sources=[dict(state=None, pieces=0, taken=0, tokens=0) for _ in sources], shards=[])
             write_json(path(PROGRESS), progress)
         enc, spec = prepare_tokenizer(sources, tokenizer, special, bpe_bytes, path(TOKENIZER))
-        tokenize(sources, enc, out, progress, workers, size, expected)
+        template = chat_template(enc) if pairs else None
+        tokenize(sources, enc, out, progress, workers, size, expected, template)
         if not any(s["split"] == "train" for s in progress["shards"]):
             raise UserError(f"{source} holds too little text to divide into train and val" if progress["shards"] else f"{source} holds no text")
         write_json(path(MANIFEST), dict(
             version=MANIFEST_VERSION, source=settings["source"], settings=settings,
             tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)), vocab_size=enc.n_vocab, eot=enc.eot_token,
-            shards=progress["shards"]))
+            **{"template": template} if pairs else {}, shards=progress["shards"]))
         os.remove(path(PROGRESS))
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
@@ -650,7 +815,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
 
 def prepare_tokenizer(sources, name, special, bpe_bytes, path):
     """The tokenizer and its spec; a BPE is trained unless an interrupted run already did."""
-    size = bpe_size(name)
+    size = bpe_size(name) if isinstance(name, str) else None
     if size and not os.path.exists(path):
         if size < 256 + len(special):
             raise UserError(f"tokenizer {name} has no room for 256 bytes and {len(special)} special tokens")
@@ -661,10 +826,10 @@ def prepare_tokenizer(sources, name, special, bpe_bytes, path):
             say(f"the text has only {len(merges)} pairs to merge: the tokenizer is smaller than {name}")
         spec = dict(name=name, merges=[[a.decode("latin-1"), b.decode("latin-1")] for a, b in merges], special=list(special))
     else:
-        spec = tokenizer_spec(path if size else name)
+        spec = tokenizer_spec(path if size else name) if isinstance(name, str) else name
     enc = get_tokenizer(spec)
     if enc.n_vocab > 2**16:
-        raise UserError(f"tokenizer {name} has {enc.n_vocab:,} tokens; uint16 shards hold 65,536 at most")
+        raise UserError(f"tokenizer {spec['name']} has {enc.n_vocab:,} tokens; uint16 shards hold 65,536 at most")
     write_json(path, spec)
     return enc, spec
 
@@ -674,6 +839,7 @@ def first_bytes(src, limit):
         for text, _ in pieces:
             if limit <= 0:
                 return
+            text = text if isinstance(text, str) else "\n\n".join(itertools.chain(*text))
             yield text
             limit -= len(text.encode("utf-8", "replace"))
 
@@ -698,7 +864,7 @@ def split_of(i, shares):
     return "val" if n < val else "test" if n < val + test else "train"
 
 
-def tokenize(sources, enc, out, progress, workers, size=None, expected=None):
+def tokenize(sources, enc, out, progress, workers, size=None, expected=None, template=None):
     """
     Encodes batches on all cores and writes them in order. tiktoken leaves Python's lock while it encodes, so threads do:
     nothing is copied between processes, and nothing depends on how a platform starts them. Each has an encoder of its own,
@@ -711,18 +877,20 @@ def tokenize(sources, enc, out, progress, workers, size=None, expected=None):
 
     settings, shards = progress["settings"], progress["shards"]
     lengths, val_tokens, max_bytes = token_bytes(enc), settings["val_tokens"], settings["max_bytes"]
-    writer = ShardWriter(out, settings["shard_tokens"], lengths, enc.eot_token, shards)
+    begin = enc.eot_token | BEGINS << 16 if template else enc.eot_token  # pairs have ends of text within them, too
+    encode = lambda enc, pieces: encode_pairs(enc, template, pieces) if template else encode_pieces(enc, pieces)
+    writer = ShardWriter(out, settings["shard_tokens"], lengths, begin, shards, masked=bool(template))
     count = lambda key, *splits: sum(s[key] for s in shards if s["split"] in (splits or ("train", "val", "test")))
     val_left = val_tokens and val_tokens - count("tokens", "val")
     shares = split_shares(settings["splits"] or "90/10") if val_tokens is None else (100, 0, 0)
     started, saved, done = time.time(), time.time(), count("tokens")
     with ThreadPoolExecutor(workers, initializer=start) as pool:
-        submit = lambda pieces: pool.submit(lambda: encode_pieces(own.enc, pieces))
-        by_document = enc.eot_token if len(sources) > 1 else None
+        submit = lambda pieces: pool.submit(lambda: encode(own.enc, pieces))
+        by_document = begin if len(sources) > 1 else None
         streams = [encoded(s, at, shares, submit, 2 * workers + 2, by_document) for s, at in zip(sources, progress["sources"])]
-        for i, split, tokens, at in mixed(streams, [s.weight for s in sources], progress["sources"], enc.eot_token):
+        for i, split, tokens, at in mixed(streams, [s.weight for s in sources], progress["sources"], begin):
             if max_bytes:
-                tokens = tokens[:text_end(tokens, lengths, max_bytes - count("bytes"), enc.eot_token)]
+                tokens = tokens[:text_end(tokens, lengths, max_bytes - count("bytes"), begin)]
                 if not len(tokens):
                     break
             progress["sources"][i].update(at, tokens=progress["sources"][i]["tokens"] + len(tokens) * (split == "train"))
@@ -744,7 +912,7 @@ def tokenize(sources, enc, out, progress, workers, size=None, expected=None):
 def encoded(source, at, shares, submit, depth, by_document):
     """
     Yields (split, tokens, where to begin after them) from a source: all that a batch has for a split, or, where by_document
-    is the end-of-text token, document by document. A bounded queue of batches waits, so that memory does not grow with the text.
+    is the token that a document begins with, document by document. A bounded queue of batches waits, so that memory does not grow with the text.
     """
     waiting, batches, taken = deque(), source.read(at["state"]), at["taken"]
     state, n = at["state"], at["pieces"]
@@ -774,26 +942,26 @@ def encoded(source, at, shares, submit, depth, by_document):
         taken = 0
 
 
-def mixed(streams, weights, written, eot):
+def mixed(streams, weights, written, begin):
     """
     Yields (i, *run) from streams i. The next run is of the stream whose train tokens, over its weight, are furthest behind;
     what goes to val and test is not counted, and a document that was begun is ended first.
     """
     heads = {i: run for i, stream in enumerate(streams) if (run := next(stream, None))}
     while heads:
-        i = min(heads, key=lambda i: (heads[i][1][0] == eot, written[i]["tokens"] / weights[i]))
+        i = min(heads, key=lambda i: (heads[i][1][0] == begin, written[i]["tokens"] / weights[i]))
         yield i, *heads[i]
         heads[i] = next(streams[i], None)
         if not heads[i]:
             del heads[i]
 
 
-def text_end(tokens, lengths, n_bytes, eot):
+def text_end(tokens, lengths, n_bytes, begin):
     """Where the document ends that holds byte n_bytes of the text, or where the tokens do."""
     if n_bytes <= 0:
         return 0
-    at = int(np.searchsorted(lengths[tokens].cumsum(), n_bytes)) + 1
-    after = np.flatnonzero(tokens[at:] == eot)
+    at = int(np.searchsorted(lengths[tokens & TOKEN].cumsum(), n_bytes)) + 1
+    after = np.flatnonzero(tokens[at:] == begin)
     return at + int(after[0]) if len(after) else len(tokens)
 
 
@@ -809,6 +977,10 @@ def encode_pieces(enc, pieces):
         except UnicodeEncodeError:
             pass
     return np.array([t for text, begins in pieces for t in [enc.eot_token] * begins + enc.encode_ordinary(text)], dtype=np.uint32)
+
+
+def encode_pairs(enc, template, pieces):
+    return np.concatenate([encode_chat(enc, template, turns) for turns, _ in pieces])
 
 
 def large_pages():
@@ -902,7 +1074,7 @@ def main():
     p.add_argument("--weights", type=numbers, help="tokens of each source of a mix, relative to the others: 3,1 (equal)")
     p.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (gpt2)")
     p.add_argument("--out", help="folder for the shards (data/NAME)")
-    p.add_argument("--column", help="the column with the text, in tables (%(default)s)")
+    p.add_argument("--column", help="the column with the text, in tables (text); named, no .jsonl is taken for pairs")
     p.add_argument("--doc_sep", help=r"what separates the documents of a text file, \n for a newline (blank lines)")
     p.add_argument("--max_bytes", type=integer, help="stop with the document, or the part of a long one, that reaches this much text (all of it)")
     p.add_argument("--splits", help="percentages of the documents for train, val and test: 98/1/1 (90/10, but see --val_tokens)")
@@ -911,6 +1083,7 @@ def main():
     p.add_argument("--special", type=lambda text: text.split(","), help=f"special tokens of bpe:N, separated by commas ({EOT})")
     p.add_argument("--bpe_bytes", type=integer, help="bpe:N is trained on this much of the source (%(default)s)")
     p.add_argument("--workers", type=integer, help="threads that tokenize (all cores)")
+    p.add_argument("--strict", action="store_true", help="the first line of a file of pairs that is none is the end")
     p.set_defaults(**{k: v.default for k, v in inspect.signature(prepare).parameters.items()})
     prepare(**vars(p.parse_args()))
 

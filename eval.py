@@ -2,7 +2,7 @@
 Uses a model: lets it speak, measures it, compares it, exports it.
 
     python eval.py --prompt "Once"                                   # the newest checkpoint of this folder
-    python eval.py                                                   # a session: it goes on with what you type
+    python eval.py                                                   # a session: it goes on with what you type, or answers it
     python eval.py --ckpt gpt2 --prompt "Hello, I'm a language model," --num_samples 5 --temperature 0
     python eval.py --perplexity text.txt                             # or a folder of shards
     python eval.py --compare runs/a runs/b gpt2 --perplexity text.txt
@@ -81,8 +81,8 @@ def dice(model, seed=None):
 
 
 def stream_texts(model, enc, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop=()):
-    """Yields pieces of the prompts' continuations as they come, a list of one for each prompt."""
-    tokens = model.stream([[enc.eot_token] + enc.encode_ordinary(p) for p in prompts], temperature, top_k, top_p, generator)
+    """Yields pieces of the continuations of prompts, rows of tokens, as they come: a list of one for each prompt."""
+    tokens = model.stream(prompts, temperature, top_k, top_p, generator)
     rows = [Row(enc, stop) for _ in prompts]
     for _ in range(max_new_tokens):
         yield [row.add(token) for row, token in zip(rows, next(tokens).flatten().tolist())]
@@ -93,46 +93,66 @@ def stream_texts(model, enc, prompts, max_new_tokens, temperature, top_k, top_p,
 
 def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=None, stop=(),
                   ckpt=None, out_dir=".", device="auto", dtype="auto"):
-    """-> the prompt and its continuation"""
-    model, enc, _ = open_speaker(ckpt, out_dir, device, dtype)
-    pieces = stream_texts(model, enc, [prompt], max_new_tokens, temperature, top_k, top_p, dice(model, seed), stop)
-    return prompt + "".join(piece for piece, in pieces)
+    """-> the prompt and its continuation; of a model that was fine-tuned on pairs, the response alone"""
+    model, enc, rest = open_speaker(ckpt, out_dir, device, dtype)
+    template = rest.get("template")
+    tokens = dataset.prompt_tokens(enc, template, [(prompt, None)])
+    pieces = stream_texts(model, enc, [tokens], max_new_tokens, temperature, top_k, top_p, dice(model, seed), stop)
+    return prompt * (not template) + "".join(piece for piece, in pieces)
 
 
-def print_samples(prompts, say):
+def recent(model, enc, template, turns):
+    """The tokens of a prompt. A chat loses its oldest turns where they fill more than half of the context."""
+    tokens = dataset.prompt_tokens(enc, template, turns)
+    return tokens if len(turns) == 1 or len(tokens) <= model.cfg.block_size // 2 else recent(model, enc, template, turns[1:])
+
+
+def print_samples(prompts, say, between):
     """One text appears as it is written; several are written together, and printed one after the other."""
     for i in range(0, len(prompts), ROWS):
-        texts = prompts[i:i + ROWS]
+        texts = [prompt + between for prompt in prompts[i:i + ROWS]]
         if len(prompts) == 1:
             print(texts[0], end="", flush=True)
-        for pieces in say(texts):
+        for pieces in say([[(prompt, None)] for prompt in prompts[i:i + ROWS]]):
             if len(prompts) == 1:
                 print(pieces[0], end="", flush=True)
             texts = [text + piece for text, piece in zip(texts, pieces)]
         print() if len(prompts) == 1 else print("---\n" * (i > 0) + "\n---\n".join(texts), flush=True)
 
 
-def session(say):
-    """What is typed is added to the text, and the model goes on with it. Ctrl-C interrupts it, Ctrl-D ends it all."""
+def session(say, chat):
+    """
+    What is typed is added to the text, and the model goes on with it; in a chat, it answers. Ctrl-C interrupts it, Ctrl-D ends it all.
+    """
     try:
         import readline  # gives input() a history; not on Windows
     except ImportError:
         pass
-    print("type the beginning of a text; an empty line lets it go on, Ctrl-C interrupts it, Ctrl-D ends", file=sys.stderr)
-    text = ""
+    print("ask something; Ctrl-C interrupts the answer, Ctrl-D ends" if chat else
+          "type the beginning of a text; an empty line lets it go on, Ctrl-C interrupts it, Ctrl-D ends", file=sys.stderr)
+    turns = [] if chat else [("", None)]
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        text += ("\n" if text and line else "") + line
+        if chat:
+            if not line.strip():
+                continue
+            turns.append((line.strip(), None))
+        else:
+            text = turns[0][0]
+            turns = [(text + "\n" * bool(text and line) + line, None)]
+        said = ""
         try:
-            for piece, in say([text]):
+            for piece, in say([turns]):
                 print(piece, end="", flush=True)
-                text += piece
+                said += piece
         except KeyboardInterrupt:
             pass
         print()
+        prompt = turns[-1][0]
+        turns[-1] = (prompt, said.strip()) if chat else (prompt + said, None)
 
 
 # -- how good it is
@@ -239,13 +259,22 @@ def half(model):
 
 # -- for others
 
-def export(model, enc, folder):
+# What encode_chat does, in the language of transformers' templates.
+JINJA = """{% if messages[0].role == 'system' %}{% set system, messages = messages[0].content.strip() + '\n\n', messages[1:] %}\
+{% else %}{% set system = '' %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}\
+{{ bos_token + USER + (system if loop.first else '') + m.content.strip() }}{% else %}{{ ASSISTANT + m.content.strip() }}{% endif %}{% endfor %}\
+{{ ASSISTANT if add_generation_prompt else eos_token }}"""
+
+
+def export(model, enc, folder, template=None):
     """Writes the model and its tokenizer for transformers: AutoModelForCausalLM, AutoTokenizer."""
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"{folder} is not empty; choose another folder for --export")
     model.save_pretrained(folder, enc.eot_token)
     spec = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.cfg.block_size, "eos_token": dataset.EOT, "bos_token": dataset.EOT,
             "unk_token": dataset.EOT, "clean_up_tokenization_spaces": False}
+    if template:
+        spec["chat_template"] = JINJA.replace("USER", json.dumps(template["user"])).replace("ASSISTANT", json.dumps(template["assistant"]))
     for name, content in (("tokenizer.json", dataset.hugging_face_tokenizer(enc)), ("tokenizer_config.json", spec)):
         dataset.write_json(os.path.join(folder, name), content)
 
@@ -287,10 +316,11 @@ def main():
     if a.export:  # as trained, whatever the machine computes in
         a.device, a.dtype = "cpu", "float32" if a.dtype == "auto" else a.dtype
     model, enc, rest = open_speaker(a.ckpt, a.out_dir, a.device, a.dtype)
+    template = rest.get("template")
     if a.export:
-        export(model, enc, a.export)
+        export(model, enc, a.export, template)
         with open(os.path.join(a.export, gpt.TOKENIZER_SPEC), "w", encoding="utf-8") as f:
-            json.dump(rest["tokenizer"], f)
+            json.dump({**rest["tokenizer"], "template": template}, f)
         return print(a.export)
     if a.perplexity:
         stride = a.stride or half(model)
@@ -300,10 +330,11 @@ def main():
             f"{m['bpb']:.4f} bits a byte; windows of {model.cfg.block_size} overlap by {model.cfg.block_size - stride}")
     print(rest["about"], file=sys.stderr)
     generator = dice(model, a.seed)
-    say = lambda prompts: stream_texts(model, enc, prompts, a.max_new_tokens, a.temperature, a.top_k, a.top_p, generator, a.stop or ())
+    say = lambda chats: stream_texts(model, enc, [recent(model, enc, template, turns) for turns in chats],
+                                     a.max_new_tokens, a.temperature, a.top_k, a.top_p, generator, a.stop or ())
     if a.prompt is None:
-        return session(say)
-    print_samples([prompt for prompt in a.prompt for _ in range(a.num_samples)], say)
+        return session(say, chat=bool(template))
+    print_samples([prompt for prompt in a.prompt for _ in range(a.num_samples)], say, between="\n" if template else "")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,14 @@ def sinusoids(T, C):
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
+def isolate(document):
+    """Numbers of documents, (B, T), each a run -> positions within them, (B, T), and the mask of what may attend to what, (B, 1, T, T)"""
+    at = torch.arange(document.size(1), device=document.device)
+    begins = torch.cat((torch.ones_like(document[:, :1]), document.diff()), dim=1) != 0
+    mask = (document[:, :, None] == document[:, None, :]) & (at[:, None] >= at)
+    return at - torch.where(begins, at, 0).cummax(dim=1).values, mask[:, None]
+
+
 def rotate(x, cos, sin):
     """Rotary position embedding (Su et al., 2021), halves paired.  x (B, nh, T, hs), cos and sin (T, hs/2)"""
     a, b = x.chunk(2, dim=-1)
@@ -231,9 +239,12 @@ class GPT(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None):
-        """idx (B, T) -> logits (B, T, vocab) and the mean loss over targets >= 0; without targets the last position's logits only."""
-        x = self.hidden(idx)
+    def forward(self, idx, targets=None, document=None):
+        """
+        idx (B, T) -> logits (B, T, vocab) and the mean loss over targets >= 0; without targets the last position's logits only.
+        `document`, (B, T), numbers the documents that share a row: attention then stops at their edges, and positions restart.
+        """
+        x = self.hidden(idx) if document is None else self.hidden(idx, *isolate(document))
         if targets is None:
             return self.logits(x[:, -1:]), None
         logits = self.logits(x)
@@ -633,13 +644,8 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
             raise UserError(f"{out_dir}/checkpoints has no checkpoint; train one (python train.py --recipe=tiny), or name one with --ckpt")
         name = paths[-1]
     device = pick_device(device)
-    if os.path.isfile(name):
-        model, ckpt = load_checkpoint(name)
-        about = f"{name}, step {ckpt['step']:,}"
-    elif name.endswith(".pt"):
-        raise UserError(f"there is no checkpoint {name}")
-    else:
-        model, ckpt, about = GPT.from_pretrained(name), {"tokenizer": read_spec(name)}, name
+    model, ckpt = find_model(name)
+    about = f"{name}, step {ckpt['step']:,}" if "step" in ckpt else name
     spec, total = ckpt["tokenizer"], model.param_counts()["total"]
     if spec == {"name": "gpt2"}:
         if model.cfg.n_tokens < GPT2_TOKENS:
@@ -649,16 +655,23 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
     return model, spec, {**ckpt, "about": f"{about}, {total / 1e6:.1f}M parameters, {device.type}"}
 
 
+def find_model(name):
+    """A checkpoint, a Hugging Face folder or name -> the model, and what else is known: its tokenizer at least"""
+    if os.path.isfile(name) or name.endswith(".pt"):
+        return load_checkpoint(name)
+    return GPT.from_pretrained(name), read_spec(name)
+
+
 def read_spec(folder):
-    """The spec of the tokenizer that an export of ours holds; GPT-2's for other people's models."""
+    """What an export of ours says of its tokenizer, and of the template of its chats if it has one; GPT-2's tokenizer for other people's models."""
     path = os.path.join(folder, TOKENIZER_SPEC)
     if not os.path.isfile(path):
-        return {"name": "gpt2"}
+        return {"tokenizer": {"name": "gpt2"}}
     try:
         with open(path, encoding="utf-8") as f:
             spec = json.load(f)
         if spec["name"] not in ("gpt2", "byte"):
             [a + b for a, b in spec["merges"]]
-        return spec
+        return {"template": spec.pop("template", None), "tokenizer": spec}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a tokenizer that eval.py --export wrote") from None

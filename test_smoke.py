@@ -35,7 +35,7 @@ import hellaswag
 import model as gpt
 import plot
 import train
-from data_loader import DataLoader, permute
+from data_loader import DataLoader, cut, pack, permute
 from model import CONFIGS, GPT, GPTConfig
 
 SHARED = os.path.join(HERE, "..", "shared")
@@ -197,6 +197,19 @@ def test_without_targets_only_the_last_position_is_computed():
     last, loss = model(idx)
     assert last.shape == (2, 1, 64) and loss is None
     torch.testing.assert_close(last, model(idx, idx)[0][:, -1:])
+
+
+@each_kind
+@pytest.mark.parametrize("attention", ["fused", "reference"])
+def test_a_document_cannot_see_another_that_shares_its_row(switches, attention):
+    model, lengths = lively(**switches, attention=attention), (5, 1, 7, 3)
+    documents = [torch.randint(64, (n,)) for n in lengths]
+    number = torch.tensor([7] * 5 + [-1] + [0] * 7 + [1] * 3)[None]
+    row = torch.cat(documents)[None]
+    packed = model(row, row, number)[0][0].split(lengths)
+    for document, logits in zip(documents, packed):
+        torch.testing.assert_close(logits, model(document[None], document[None])[0][0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(torch.cat(packed), model(row, row)[0][0], atol=1e-2)
 
 
 def test_weight_decay_takes_matrices_and_leaves_biases_and_norms():
@@ -665,8 +678,9 @@ def digest(folder):
     return {n: hashlib.sha256(open(os.path.join(folder, n), "rb").read()).hexdigest() for n in sorted(os.listdir(folder))}
 
 
-@pytest.mark.parametrize("source", ["t.txt", "a.txt,b.txt"], ids=["one source", "a mix"])
+@pytest.mark.parametrize("source", ["t.txt", "a.txt,b.txt", "p.jsonl"], ids=["one source", "a mix", "pairs"])
 def test_a_preparation_killed_again_and_again_ends_in_the_same_bytes(tmp_path, source):
+    write_lines(tmp_path / "p.jsonl", some_pairs(9000, mean=120))
     for name, n in (("t", 3), ("a", 2), ("b", 1)):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(stories(2000) * n))
     go = f"import dataset, sys; dataset.SAVE_SECONDS = 0.02; dataset.BATCH_BYTES = 20_000; " \
@@ -877,6 +891,113 @@ def test_no_more_than_a_few_batches_wait_in_memory(tmp_path, monkeypatch):
     assert progress["shards"][0]["tokens"] == 200 * 101 and max(ahead) < 12
 
 
+# -- dataset.py: pairs
+
+PAIR_LINES = {
+    "prompt and response": (dict(prompt=" Hi\n", response="Hello."), [("Hi", "Hello.")]),
+    "alpaca": (dict(instruction="Add.", input="1 and 2", output="3", text="Add 1 and 2: 3"), [("Add.\n\n1 and 2", "3")]),
+    "alpaca without an input": (dict(instruction="Sing.", input="", output="La."), [("Sing.", "La.")]),
+    "chat": (dict(messages=[dict(role="user", content="Hi"), dict(role="assistant", content="Hello.")]), [("Hi", "Hello.")]),
+    "chat with a system, two turns and a question left open": (
+        dict(prompt="Hi", messages=[dict(role=r, content=c) for r, c in zip(("system", "user", "assistant", "user", "assistant", "user"), ("Be kind.", "Hi", "Hello.", "Bye", "See you.", "?"))]),
+        [("Be kind.\n\nHi", "Hello."), ("Bye", "See you.")]),
+}
+BAD_LINES = {
+    "not JSON": b'{"prompt": "Hi", "resp', "not UTF-8": b'{"prompt": "\xff", "response": "x"}', "not a JSON object": b"[1]", "no response": b'{"prompt": "Hi"}',
+    "empty response": b'{"prompt": "Hi", "response": " \\n"}', "prompt is not text": b'{"prompt": 3, "response": "x"}', "no output": b'{"instruction": "Hi"}',
+    "no prompt": b'{"text": "Hi"}', "no content": b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}',
+    "messages are not a user's and an assistant's in turn": b'{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
+}
+CHATTY = {"name": "bpe:260", "merges": [["l", "l"]], "special": [dataset.EOT, "<|user|>", "<|assistant|>"]}
+
+
+@pytest.mark.parametrize("kind", PAIR_LINES)
+def test_a_pair_is_read_whatever_its_form(kind):
+    line, turns = PAIR_LINES[kind]
+    assert dataset.parse_pair(json.dumps(line).encode())[1] == turns
+
+
+@pytest.mark.parametrize("spec, user, assistant", [({"name": "byte"}, b"User:\n", b"\n\nAssistant:\n"), (CHATTY, [258], [259])], ids=["plain markers", "special tokens"])
+def test_responses_and_their_ends_alone_are_learned_and_special_strings_in_a_text_stay_text(spec, user, assistant):
+    enc = dataset.get_tokenizer(spec)
+    said = ["Hi <|user|>", "<|endoftext|> yes", "Bye <|assistant|>", "no"]
+    flagged = dataset.encode_chat(enc, dataset.chat_template(enc), [said[:2], said[2:]])
+    a, b, c, d = (enc.encode_ordinary(text) for text in said)
+    assert (flagged & 0xFFFF).tolist() == [enc.eot_token, *user, *a, *assistant, *b, enc.eot_token, *user, *c, *assistant, *d]
+    assert (flagged >> 16).tolist() == [2] + [0] * len([*user, *a, *assistant]) + [1] * (len(b) + 1) + [0] * len([*user, *c, *assistant]) + [1] * len(d)
+    assert max(a + b + c + d) < 257
+
+
+def write_lines(path, rows):
+    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows) + b"\n")
+    return str(path)
+
+
+def some_pairs(n, seed=0, mean=60):
+    """Pairs of about as many bytes as that"""
+    rng, words = random.Random(seed), " ".join(stories(50)).split()
+    some = lambda: " ".join(rng.choices(words, k=1 + int(rng.lognormvariate(0, 0.8) * mean / 12)))
+    return [dict(prompt=f"{i}: {some()}", response=some()) for i in range(n)]
+
+
+def read_back(folder, split):
+    """The pairs in the shards of a folder, as lists of (token, flag)"""
+    names = sorted(n for n in os.listdir(folder) if n.startswith(split) and n.endswith(".bin"))
+    tokens = np.concatenate([dataset.read_shard(f"{folder}/{n}") for n in names]).tolist()
+    flags = np.concatenate([dataset.read_mask(f"{folder}/{n}") for n in names]).tolist()
+    assert len(tokens) == len(flags)
+    starts = [i for i, f in enumerate(flags) if f == 2] + [len(tokens)]
+    return [list(zip(tokens[a:b], flags[a:b])) for a, b in zip(starts, starts[1:])]
+
+
+def encoded_pairs(rows):
+    enc = dataset.get_tokenizer("byte")
+    flagged = (dataset.encode_chat(enc, dataset.chat_template(enc), [(r["prompt"], r["response"])]) for r in rows)
+    return [list(zip((f & 0xFFFF).tolist(), (f >> 16).tolist())) for f in flagged]
+
+
+def test_a_tenth_of_the_pairs_is_held_out_and_every_pair_is_whole_across_shards(tmp_path, capsys):
+    rows = some_pairs(200)
+    dataset.prepare(write_lines(tmp_path / "p.jsonl", rows), "byte", out=str(tmp_path / "d"), shard_tokens=3000)
+    whole = encoded_pairs(rows)
+    assert read_back(tmp_path / "d", "val") == whole[::10] and read_back(tmp_path / "d", "train") == [p for i, p in enumerate(whole) if i % 10]
+    assert "p.jsonl: 200 pairs (prompt, response)" in capsys.readouterr().out and len(os.listdir(tmp_path / "d")) > 14
+
+
+def test_bad_lines_are_counted_and_named_and_the_good_ones_kept(tmp_path, capsys):
+    rows = some_pairs(30)
+    lines = [*rows[:20], *BAD_LINES.values(), b"", *BAD_LINES.values(), *rows[20:]]
+    dataset.prepare(write_lines(tmp_path / "p.jsonl", lines), "byte", out=str(tmp_path / "d"), splits="100/0")
+    said = capsys.readouterr().out
+    for i, why in enumerate(BAD_LINES, 21):
+        assert f"p.jsonl: {why}: left out, 2 lines: {i}, {i + len(BAD_LINES) + 1}\n" in said
+    assert read_back(tmp_path / "d", "train") == encoded_pairs(rows)
+
+
+@pytest.mark.parametrize("why", BAD_LINES)
+def test_strict_ends_with_the_first_bad_line_and_writes_nothing(tmp_path, why):
+    path = write_lines(tmp_path / "p.jsonl", [*some_pairs(5), BAD_LINES[why], b"{"])
+    with pytest.raises(dataset.UserError, match=f"p.jsonl, line 6: {why}; without --strict"):
+        dataset.prepare(path, "byte", out=str(tmp_path / "d"), strict=True)
+    assert os.listdir(tmp_path / "d") == []
+
+
+def test_a_named_column_makes_a_text_of_a_file_of_pairs(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [dict(prompt="a", response="b", text=f"c{i}") for i in range(20)])
+    dataset.prepare(path, "byte", out=str(tmp_path / "d"), column="text")
+    assert sorted(as_bytes(read_split(tmp_path / "d", "train") + read_split(tmp_path / "d", "val"))) == sorted(f"c{i}" for i in range(20))
+
+
+def test_files_of_pairs_are_mixed_whole(tmp_path):
+    rows = [some_pairs(300, seed) for seed in (1, 2)]
+    paths = [write_lines(tmp_path / f"{i}.jsonl", r) for i, r in enumerate(rows)]
+    dataset.prepare(",".join(paths), "byte", out=str(tmp_path / "d"), weights=[2, 1], splits="100/0")
+    a, b = map(encoded_pairs, rows)
+    got = read_back(tmp_path / "d", "train")
+    assert sorted(got) == sorted(a + b) and [p for p in got if p in a] == a
+    assert sum(len(p) for p in got[:200] if p in a) / sum(len(p) for p in got[:200]) == pytest.approx(2 / 3, abs=0.02)
+
+
 # -- data_loader.py
 
 @pytest.fixture(scope="session")
@@ -954,6 +1075,82 @@ def test_the_share_that_padding_would_leave_equals_a_slow_count(tmp_path):
     assert DataLoader(str(tmp_path / "d"), "train", 1, T).padded_share(B) == pytest.approx(sum(map(sum, batches)) / sum(B * max(b) for b in batches))
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """500 pairs, the longest of them too long for a window of 256.  -> the folder, and its train and val pairs"""
+    folder, rows = tmp_path_factory.mktemp("pairs"), some_pairs(500)
+    dataset.prepare(write_lines(folder / "p.jsonl", rows), "byte", out=str(folder / "d"), shard_tokens=20_000)
+    return str(folder / "d"), read_back(folder / "d", "train"), read_back(folder / "d", "val")
+
+
+def unpacked(x, y, number):
+    """The pairs in a batch, as (inputs, targets), from the order of the batch"""
+    out = []
+    for row, targets, n in zip(x.tolist(), y.tolist(), number.tolist()):
+        for k in sorted(set(n) - {-1}):
+            places = [i for i, m in enumerate(n) if m == k]
+            assert places == list(range(places[0], places[-1] + 1))
+            out.append(([row[i] for i in places], [targets[i] for i in places]))
+    return out
+
+
+@pytest.mark.parametrize("world_size, B", [(1, 1), (1, 5), (3, 2)])
+def test_every_pair_is_whole_in_one_window_and_comes_once_an_epoch(pairs, world_size, B):
+    folder, train_pairs, _ = pairs
+    loaders = [DataLoader(folder, "train", B, 512, rank, world_size, doc_mask=True) for rank in range(world_size)]
+    n, got = loaders[0].n_windows, []
+    assert max(map(len, train_pairs)) <= 512
+    while len(got) < n:
+        batches = [loader.next_batch() for loader in loaders]
+        got += [tuple(t[i:i + 1] for t in batch) for batch in batches for i in range(B)]
+    got = [pair for window in got[:n] for pair in unpacked(*window)]
+    expected = [([t for t, _ in p], [t if f == 1 else -1 for t, f in p[1:]] + [256]) for p in train_pairs]
+    assert sorted(got) == sorted(expected)
+
+
+def test_windows_of_pairs_are_filled_to_95_percent_at_realistic_lengths():
+    lengths = np.random.default_rng(0).lognormal(4.6, 0.8, 20_000).astype(int).clip(10, 1024)  # a mean of 136 tokens
+    rows = pack(lengths, 1024)
+    assert sorted(i for row in rows for i in row) == list(range(20_000)) and max(lengths[row].sum() for row in rows) <= 1024
+    assert lengths.sum() / (1024 * len(rows)) > 0.95
+
+
+def test_a_pair_that_is_too_long_loses_its_prompts_beginning_and_then_its_responses_end():
+    flags = np.array([2] + [0] * 10 + [1] * 5)  # places 0 to 15; the response begins at 11
+    for T, kept, ended in ((16, [*range(16)], 1), (15, [0, *range(2, 16)], 1), (7, [0, *range(10, 16)], 1), (6, [0, *range(10, 15)], 0), (3, [0, 10, 11], 0)):
+        places, flagged = cut(flags, T)
+        assert (places.tolist(), flagged.tolist()) == (kept, [flags[i] for i in kept] + [ended]), T
+    two_turns = np.array([2, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1])
+    places, flagged = cut(two_turns, 7)
+    assert (places.tolist(), flagged.tolist()) == ([0, 5, 6, 7, 8, 9, 10], [2, 0, 1, 0, 0, 1, 1, 1])  # nothing is learned right after a gap
+
+
+def test_pairs_longer_than_the_context_are_counted(pairs):
+    folder, train_pairs, _ = pairs
+    loader = DataLoader(folder, "train", 1, 64)
+    long = [p for p in train_pairs if len(p) > 64]
+    cut_short = [p for p in long if sum(f == 1 for _, f in p) > 62]
+    assert len(long) > 50 < len(cut_short) != len(long)
+    assert loader.filling(1)[1] == f"{len(long):,} pairs are longer than the context and lose the beginning of the prompt, {len(cut_short):,} of them the end of the response, too"
+
+
+@pytest.mark.parametrize("T", [40, 512])
+def test_what_a_step_has_to_teach_is_known_before_it(pairs, T):
+    loaders = [DataLoader(pairs[0], "train", 2, T, rank, 2) for rank in range(2)]
+    for _ in range(loaders[0].n_windows // 8 + 3):
+        told = loaders[0].learned(12)
+        assert told == sum((loader.next_batch()[1] >= 0).sum().item() for _ in range(3) for loader in loaders)
+
+
+def test_documents_of_a_window_are_numbered_where_attention_shall_stop(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(stories(50)))
+    dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / "d"))
+    x, y, number = DataLoader(str(tmp_path / "d"), "train", 8, 1000, doc_mask=True).next_batch()
+    for row, numbers in zip(x.tolist(), number.tolist()):
+        assert numbers == [sum(t == 256 for t in row[:i + 1]) for i in range(1000)]
+    assert number.max() > 1
+
+
 def test_numpy_shards_load(shards, tmp_path):
     np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(2000, dtype=np.uint16))
     assert torch.equal(DataLoader(str(tmp_path), "train", 8, 16).next_batch()[0], DataLoader(shards, "train", 8, 16).next_batch()[0])
@@ -982,14 +1179,19 @@ FAST = ["--data=data/t", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_si
         "--val_interval=5", "--val_tokens=2000", "--ckpt_interval=2", "--sample_interval=0", "--hella_interval=0", "--device=cpu", "--dropout=0.1", "--dtype=float32"]
 
 
+RUNS = {"fp32": FAST, "pairs": [  # in bfloat16, with a teacher
+    *FAST, "--dtype=bfloat16", "--data=pairs.jsonl", "--tokenizer=byte", "--doc_mask", "--teacher=runs/fp32/checkpoints/model_000030.pt", "--patience=50"]}
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
-    """A folder with data/t, stories in bytes, and two runs of the same training: runs/fp32 and runs/bf16."""
+    """A folder with data/t, stories in bytes, pairs.jsonl, and the runs of RUNS."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "t.txt").write_text("\n\n".join(stories(150)))
     dataset.prepare(str(folder / "t.txt"), "byte", out=str(folder / "data/t"))
-    for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
-        r = script(here("train.py"), *FAST, f"--out_dir=runs/{name}", f"--dtype={dtype}", cwd=folder)
+    write_lines(folder / "pairs.jsonl", some_pairs(150))
+    for name, options in RUNS.items():
+        r = script(here("train.py"), *options, f"--out_dir=runs/{name}", cwd=folder)
         assert r.returncode == 0, r.stderr
     return folder
 
@@ -1014,11 +1216,11 @@ def test_training_lowers_the_loss(workspace):
     assert values[0] == pytest.approx(math.log(384), abs=0.1) and values[-1] < 3.5
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_killed_five_times_logs_the_losses_of_one_that_was_not(workspace, name, tmp_path):
     rng = random.Random(name)
     out, killed_in_save = tmp_path / "run", False
-    command = [sys.executable, here("train.py"), *FAST, f"--dtype={dict(fp32='float32', bf16='bfloat16')[name]}", f"--out_dir={out}", "--resume=auto"]
+    command = [sys.executable, here("train.py"), *RUNS[name], f"--out_dir={out}", "--resume=auto"]
     reached = lambda: max([step for _, step in records(out)], default=-1) if (out / "log.txt").exists() else -1
     for kill_at in (1, 7, 13, 19, 24):
         p = subprocess.Popen(command, cwd=workspace, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -1146,6 +1348,111 @@ def test_the_validation_loss_equals_a_slow_loop_over_the_split(workspace):
     line = records(folder)["val", 30].split()
     assert float(line[2]) == pytest.approx(nats / 1984, abs=1e-5)
     assert float(line[3].removeprefix("bpb=")) == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-5)
+
+
+TUNED = ["--recipe=sft", "--data=pairs.jsonl", "--tokenizer=byte", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=256", "--total_batch_size=1024", "--max_steps=6",
+         "--max_lr=1e-2", "--warmup_steps=2", "--val_interval=3", "--device=cpu", "--dtype=float32", "--patience=9"]
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory):
+    """The same fine-tuning on one process and on two, in micro-batches of several sizes.  -> the folder, and the pairs"""
+    folder, rows = tmp_path_factory.mktemp("tuned"), [r for r in some_pairs(300) if len(r["prompt"] + r["response"]) < 230]
+    write_lines(folder / "pairs.jsonl", rows)
+    done = scripts([[here("train.py"), *TUNED, f"--micro_batch={B}", f"--out_dir=one{B}"] for B in (1, 2, 4)], cwd=folder)
+    done += [torchrun(2, *TUNED, f"--micro_batch={B}", f"--out_dir=two{B}", cwd=folder) for B in (1, 2)]
+    for r in done:
+        assert r.returncode == 0, r.stderr
+    return folder, rows
+
+
+@torch.no_grad()
+def slow_pair_losses(model, rows):
+    """Each pair alone: the losses of its response and of the end of it, summed, and how many they are"""
+    nats = n = 0
+    for pair in encoded_pairs(rows):
+        tokens, flags = zip(*pair, (256, 1))
+        log_p = model(torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]]))[0][0].log_softmax(-1)
+        learned = [i for i, f in enumerate(flags[1:]) if f == 1]
+        nats -= sum(log_p[i, tokens[i + 1]].item() for i in learned)
+        n += len(learned)
+    return nats / n
+
+
+@pytest.mark.parametrize("run", ["one1", "one2", "one4", "two1", "two2"])
+def test_the_loss_on_packed_pairs_equals_a_slow_loop_over_single_ones(tuned, run):
+    folder, rows = tuned
+    held_out, rows = rows[::10], [r for i, r in enumerate(rows) if i % 10]
+    model, _ = gpt.load_checkpoint(str(folder / run / "checkpoints/model_000000.pt"))
+    loader = DataLoader(str(folder / "data/pairs-byte"), "train", 4, 256, seed=1337)
+    first = [rows[i] for window in loader.order(0, 4) for i in loader.rows[window]]
+    assert 8 < len(first) < len(rows) / 2
+    assert losses(folder / run)[0] == pytest.approx(slow_pair_losses(model, first), abs=1e-5)
+    assert losses(folder / run, "val")[0] == pytest.approx(slow_pair_losses(model, held_out), abs=1e-5)
+    assert losses(folder / run) == pytest.approx(losses(folder / "one4"), abs=1e-5) and len(losses(folder / run)) == 6
+
+
+def test_bits_per_byte_of_pairs_are_those_of_the_responses(tuned):
+    folder, rows = tuned
+    line = records(folder / "one4")["val", 0].split()
+    learned, n_bytes = (sum(len(r["response"].encode()) + end for r in rows[::10]) for end in (1, 0))
+    assert f"tokens={learned}" in line and float(line[3].removeprefix("bpb=")) == pytest.approx(float(line[2]) * learned / n_bytes / math.log(2), rel=1e-5)
+
+
+def test_training_stops_when_validation_gets_no_better_and_keeps_the_best_checkpoint(workspace, tmp_path):
+    r = script(here("train.py"), *RUNS["fp32"], "--max_lr=3", "--val_interval=1", "--ckpt_interval=0", "--patience=3", "--keep=1", f"--out_dir={tmp_path}", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    values = losses(tmp_path, "val")
+    best = values.index(min(values))
+    assert len(values) == best + 4 < 30 and gpt.checkpoint_step(gpt.find_checkpoints(tmp_path)[0]) == best
+    assert f"done at step {best + 3}, no better validation loss in 3" in r.stdout and f"best: step {best}, validation loss {min(values):.4f}: {tmp_path}/checkpoints/model_{best:06d}.pt" in r.stdout
+    again = script(here("train.py"), "--resume", f"--out_dir={tmp_path}", cwd=workspace)
+    assert f"done at step {best + 3}, no better" in again.stdout and losses(tmp_path, "val") == values
+
+
+def test_the_distilled_loss_equals_a_sum_over_single_positions(monkeypatch):
+    for name, value in (("distill_alpha", 0.3), ("distill_temperature", 2.0)):
+        monkeypatch.setattr(train, name, value)
+    student, wanted = torch.randn(2, 2, 5, 7)
+    targets = torch.tensor([[1, -1, 3, 6, -1], [-1, -1, 0, 2, 2]])
+    ce, kl = [], []
+    for b in range(2):
+        for t in range(5):
+            if targets[b, t] >= 0:
+                p, q = (torch.softmax(x[b, t] / 2, dim=0).tolist() for x in (wanted, student))
+                kl.append(sum(a * math.log(a / c) for a, c in zip(p, q)))
+                ce.append(-math.log(torch.softmax(student[b, t], dim=0)[targets[b, t]]))
+    got = train.distill(F.cross_entropy(student.flatten(0, 1), targets.flatten(), ignore_index=-1), student, wanted, targets)
+    assert got.item() == pytest.approx(0.7 * sum(ce) / 6 + 0.3 * 4 * sum(kl) / 6, rel=1e-5)
+
+
+def test_a_teacher_of_the_same_weights_has_nothing_to_teach(workspace, tmp_path):
+    ckpt = "runs/fp32/checkpoints/model_000030.pt"
+    r = script(here("train.py"), *FAST, f"--init_from={ckpt}", f"--teacher={ckpt}", "--distill_alpha=1", "--dropout=0", "--max_steps=2", f"--out_dir={tmp_path}", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    assert losses(tmp_path)[0] == pytest.approx(0, abs=1e-6) and losses(tmp_path, "val")[0] > 1
+
+
+@pytest.fixture(scope="session")
+def chat(workspace):
+    """A model with a tokenizer of its own, fine-tuned, the last step of it resumed.  -> the processes"""
+    base = ["--tokenizer=bpe:300", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=128", "--total_batch_size=256", "--max_steps=4", "--device=cpu"]
+    tune = ["--recipe=sft", "--init_from=chat/base/checkpoints/model_000004.pt", "--data=pairs.jsonl", "--total_batch_size=256", "--max_steps=4", "--max_lr=1e-2"]
+    done = scripts([
+        [here("train.py"), "--data=t.txt", *base, "--hella_interval=0", "--out_dir=chat/base"],
+        [here("train.py"), *tune, "--ckpt_interval=3", "--sample_interval=4", "--sample_prompt=Who is it?", "--out_dir=chat/tuned"],
+        [here("train.py"), "--resume=chat/tuned/checkpoints/model_000003.pt", "--out_dir=chat/again"]], cwd=workspace)
+    for r in done:
+        assert r.returncode == 0, r.stderr
+    return done
+
+
+def test_fine_tuning_takes_the_models_own_tokenizer_and_goes_on_with_it(chat, workspace):
+    saved = [torch.load(workspace / f"chat/{name}/checkpoints/model_000004.pt", weights_only=True) for name in ("base", "tuned", "again")]
+    assert saved[0]["tokenizer"] == saved[1]["tokenizer"] == saved[2]["tokenizer"] and saved[0]["tokenizer"]["name"] == "bpe:300"
+    assert [c["template"] for c in saved] == [None, *[dataset.chat_template(dataset.get_tokenizer("byte"))] * 2]
+    assert losses(workspace / "chat/again") == losses(workspace / "chat/tuned")[3:]
+    assert "sample at step 4: Who is it?\n" in chat[1].stdout
 
 
 def test_a_checkpoint_is_plain_data_and_the_whole_run(workspace):
@@ -1278,7 +1585,7 @@ def recipes(tmp_path_factory):
 
 PUBLISHED = {"gpt2": 124_475_904, "gpt-xs": 124_082_688, "gpt2-custom": 124_475_904, "custom-gpt": 91_411_200, "toygpt-small": 123_703_633,
              "toygpt-medium": 253_055_057, "toygpt-large": 1_311_579_217, "tinystories": 162_419_712, "tinystories-small": 49_287_168,
-             "tinystories-large": 405_688_320, "tiny": 1_311_872, "speedrun": 162_220_800}
+             "tinystories-large": 405_688_320, "tiny": 1_311_872, "sft": 124_475_904, "speedrun": 162_220_800}
 each_recipe = pytest.mark.parametrize("name", train.RECIPES)
 
 
@@ -1298,7 +1605,7 @@ def test_a_recipes_dry_run_prints_its_parameters_and_cost(recipes, name):
     planned = recipes[1][name][3].stdout
     parts = {k: int(v.replace(",", "")) for k, v in re.findall(r"([a-z-]+) ([\d,]+)(?:, |\n)", planned.split("parameters: ")[1].split("batch:")[0])}
     assert list(parts) == ["embeddings", "positions", "attention", "feed-forward", "norms", "head", "total"]
-    assert parts["total"] == PUBLISHED[name] == sum(parts.values()) - parts["total"] and re.search(r"cost: .* A100", planned)
+    assert parts["total"] == PUBLISHED[name] == sum(parts.values()) - parts["total"] and re.search("steps are not known" if name == "sft" else r"cost: .* A100", planned)
 
 
 def test_the_test_split_is_judged_in_full_at_the_end_alone(recipes):
@@ -1425,7 +1732,7 @@ def test_out_of_memory_tries_smaller_micro_batches_and_then_says_what_helps(monk
         return model(idx, targets)
 
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled)
-    fit = lambda: train.fit(model, torch.device("cpu"), contextlib.nullcontext, 12, None, 1, True)
+    fit = lambda: train.fit(model, lambda model, *batch: model(*batch)[1], torch.device("cpu"), contextlib.nullcontext, 12, None, 1, True)
     assert fit()[0] == 3 and tried == [12, 6, 4, 3]
     room = 0
     with pytest.raises(train.UserError, match="--grad_checkpoint, --parallel=zero2 on several GPUs, lower block_size=16"):
@@ -1457,7 +1764,7 @@ class Reciting(GPT):
 
 def recite(*texts, stop=()):
     Reciting.texts = texts
-    pieces = list(speak.stream_texts(Reciting(small(vocab_size=257)), dataset.get_tokenizer("byte"), [""] * len(texts), 100, 1, None, None, None, stop))
+    pieces = list(speak.stream_texts(Reciting(small(vocab_size=257)), dataset.get_tokenizer("byte"), [[256]] * len(texts), 100, 1, None, None, None, stop))
     return ["".join(row) for row in zip(*pieces)], pieces
 
 
@@ -1483,9 +1790,59 @@ def test_eval_goes_on_with_what_is_typed(workspace):
     r = subprocess.run([sys.executable, here("eval.py"), "--temperature=0", "--max_new_tokens=5"], input="Once\nthe\n", text=True, capture_output=True,
                        cwd=workspace / "runs/fp32", timeout=60)
     model, enc, _ = speak.open_speaker(None, str(workspace / "runs/fp32"), "cpu", "auto")
-    go_on = lambda text: "".join(p for p, in speak.stream_texts(model, enc, [text], 5, 0, None, None, None))
+    go_on = lambda text: "".join(p for p, in speak.stream_texts(model, enc, [[enc.eot_token, *enc.encode_ordinary(text)]], 5, 0, None, None, None))
     first = go_on("Once")
     assert r.stdout == first + "\n" + go_on("Once" + first + "\nthe") + "\n", r.stderr
+
+
+def test_a_chat_is_asked_in_its_template_and_remembers_its_turns(chat, workspace):
+    r = subprocess.run([sys.executable, here("eval.py"), "--temperature=0", "--max_new_tokens=5"], input="Who is it?\n\nthe <|user|>\n", text=True, capture_output=True,
+                       cwd=workspace / "chat/tuned", timeout=60)
+    model, enc, rest = speak.open_speaker(None, str(workspace / "chat/tuned"), "cpu", "auto")
+
+    def say(text):
+        return "".join(p for p, in speak.stream_texts(model, enc, [[enc.eot_token, *text]], 5, 0, None, None, None))
+
+    text = enc.encode_ordinary
+    asked = [*text("User:\n"), *text("Who is it?"), *text("\n\nAssistant:\n")]
+    first = say(asked)
+    then = say([*asked, *text(first.strip()), enc.eot_token, *text("User:\n"), *text("the <|user|>"), *text("\n\nAssistant:\n")])
+    assert r.stdout == first + "\n" + then + "\n", r.stderr
+    one = script(here("eval.py"), "--temperature=0", "--max_new_tokens=5", "--prompt=Who is it?", "--prompt=the", cwd=workspace / "chat/tuned")
+    assert one.stdout.startswith(f"Who is it?\n{first}\n---\nthe\n")
+    assert speak.generate_text("Who is it?", max_new_tokens=5, temperature=0, out_dir=str(workspace / "chat/tuned"), device="cpu") == first
+
+
+def test_a_long_chat_loses_its_oldest_turns_first(chat, workspace):
+    model, enc, rest = speak.open_speaker(None, str(workspace / "chat/tuned"), "cpu", "auto")
+    turns = [(f"{i} " * 9, "yes") for i in range(9)] + [("and?", None)]
+    tokens = speak.recent(model, enc, rest["template"], turns)
+    kept = enc.decode(tokens).split(dataset.EOT)[1:]
+    assert 40 < len(tokens) <= 64 and kept[-1].startswith("User:\nand?") and [k[6] for k in kept[:-1]] == [str(i) for i in range(10 - len(kept), 9)]
+    assert speak.recent(model, enc, rest["template"], [("long " * 99, None)]) == dataset.prompt_tokens(enc, rest["template"], [("long " * 99, None)])
+
+
+@needs_transformers
+@pytest.mark.parametrize("spec", [{"name": "byte"}, CHATTY], ids=["plain markers", "special tokens"])
+def test_an_exported_chat_template_gives_the_tokens_of_ours(tmp_path, spec):
+    import transformers
+    enc = dataset.get_tokenizer(spec)
+    template = dataset.chat_template(enc)
+    speak.export(GPT(small(vocab_size=enc.n_vocab)), enc, str(tmp_path / "out"), template)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for line, turns in PAIR_LINES.values():
+        if "messages" in line:
+            messages, ours = line["messages"][:2 * len(turns) + 1], (dataset.encode_chat(enc, template, turns) & 0xFFFF).tolist() + [enc.eot_token]
+            if messages[-1]["role"] == "user":
+                ours = dataset.prompt_tokens(enc, template, [*turns, (messages[-1]["content"], None)])
+            assert theirs.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user", tokenize=True, return_dict=False) == ours
+
+
+def test_an_export_of_a_chat_is_asked_in_its_template(chat, workspace, tmp_path):
+    model, enc, rest = speak.open_speaker(None, str(workspace / "chat/tuned"), "cpu", "auto")
+    r = script(here("eval.py"), f"--export={tmp_path}/hf", cwd=workspace / "chat/tuned")
+    assert r.returncode == 0, r.stderr
+    assert gpt.read_spec(tmp_path / "hf") == {"tokenizer": rest["tokenizer"], "template": rest["template"]}
 
 
 def slow_perplexity(model, tokens):
@@ -1527,9 +1884,9 @@ def test_perplexity_of_a_text_file_is_that_of_its_tokens(workspace):
 
 def test_models_are_compared_in_one_table(workspace):
     (workspace / "h.jsonl").write_text(json.dumps({"ctx": "A cat", "label": 1, "endings": ["sat", "is", "ran", "x"]}) + "\n")
-    r = script(here("eval.py"), "--compare", "runs/fp32", "runs/bf16/checkpoints/model_000030.pt", "--data=h.jsonl", cwd=workspace)
+    r = script(here("eval.py"), "--compare", "runs/fp32", "runs/pairs/checkpoints/model_000030.pt", "--data=h.jsonl", cwd=workspace)
     rows = [re.split(r"  +", line) for line in r.stdout.splitlines()]
-    assert r.returncode == 0 and [row[0] for row in rows[1:]] == ["runs/fp32", "runs/bf16/checkpoints/model_000030.pt", "GPT-2 124M, published", "GPT-3 124M, published"]
+    assert r.returncode == 0 and [row[0] for row in rows[1:]] == ["runs/fp32", "runs/pairs/checkpoints/model_000030.pt", "GPT-2 124M, published", "GPT-3 124M, published"]
     assert rows[1][2] == "7,680" and float(rows[1][3]) == pytest.approx(losses(workspace / "runs/fp32", "val")[-1], abs=1e-4), r.stderr
     assert rows[0][5:8] == list(hellaswag.MEASURES) and rows[3][6] == "0.2955"
 
@@ -1634,7 +1991,7 @@ def picture(path):
 def test_plot_draws_a_run_and_several(workspace, tmp_path):
     r = script(here("plot.py"), "log.txt", cwd=workspace / "runs/fp32")
     assert r.returncode == 0 and picture(workspace / "runs/fp32/log.png"), r.stderr
-    r = script(here("plot.py"), "fp32/log.txt", "bf16/log.txt", "--x=tokens", f"--out={tmp_path}/both.pdf", cwd=workspace / "runs")
+    r = script(here("plot.py"), "fp32/log.txt", "pairs/log.txt", "--x=tokens", f"--out={tmp_path}/both.pdf", cwd=workspace / "runs")
     assert r.returncode == 0 and (tmp_path / "both.pdf").read_bytes().startswith(b"%PDF"), r.stderr
 
 
@@ -1684,6 +2041,13 @@ MISTAKES = {
     "a validation shard with a foreign token": ([*T, "--data=data/foreign", "--vocab_size=50304"], "val_000000.bin: token 60000 at 3"),
     "a manifest that is not ours": ([*T, "--data=data/manifest"], "is not one that this version of dataset.py wrote"),
     "a checkpoint of other data": (["train.py", "--resume", "--out_dir=runs/fp32", "--data=data/other"], "--new_data goes on all the same"),
+    "a teacher of another tokenizer": ([*T, "--data=data/bpe", "--teacher=runs/fp32/checkpoints/model_000030.pt"], "is in tokenizer byte, the data in bpe:300"),
+    "a teacher with a shorter context": ([*T, "--block_size=64", "--teacher=runs/fp32/checkpoints/model_000030.pt"], "a context of 32, which is less than block_size=64"),
+    "a teacher that is not there": ([*T, "--teacher=no.pt"], "there is no checkpoint no.pt"),
+    "a share beyond the whole": ([*T, "--distill_alpha=1.5"], "distill_alpha=1.5 is too large"),
+    "a temperature of nothing": ([*T, "--distill_temperature=0"], "distill_temperature=0.0 must be above 0"),
+    "a stride through pairs": ([*T, "--data=data/pairs-byte", "--stride=8"], "stride=8 is for running text"),
+    "a checkpoint to begin with that is not there": ([*T, "--init_from=no.pt"], "there is no checkpoint no.pt"),
     "weights that do not exist": ([*T, "--init_from=nowhere/"], "nowhere/"),
     "an unknown source": (["dataset.py", "--source=finweb"], "did you mean fineweb?"),
     "a source that is not there": (["dataset.py", "--source=no.txt"], "there is no source 'no.txt'"),
@@ -1696,6 +2060,10 @@ MISTAKES = {
     "weights that are no numbers": (["dataset.py", "--source=t.txt", "--weights=a"], "argument --weights: invalid numbers value: 'a'"),
     "a bench of no steps": ([*T, "--bench=0"], "bench='0' must be a number of steps, or ladder"),
     "an unknown kind of bench": ([*T, "--bench=fast"], "bench='fast' must be a number of steps, or ladder"),
+    "a strictness that finds a bad line": (["dataset.py", "--source=bad.jsonl", "--tokenizer=byte", "--out=data/new", "--strict"], "bad.jsonl, line 2: no response; without --strict"),
+    "no good pair": (["dataset.py", "--source=pairs.jsonl,t.txt"], "pairs.jsonl holds pairs; they cannot be mixed with texts"),
+    "a cut through pairs": (["dataset.py", "--source=pairs.jsonl", "--val_tokens=100"], "--val_tokens would cut a pair in two"),
+    "strictness with a text": (["dataset.py", "--source=t.txt", "--strict"], "--strict is for pairs"),
     "an empty file": (["dataset.py", "--source=empty.txt"], "empty.txt is empty"),
     "a binary file as text": (["dataset.py", "--source=binary.txt", "--tokenizer=byte", "--out=data/new"], "binary.txt is not UTF-8 text"),
     "a blank text": (["dataset.py", "--source=blank.txt", "--tokenizer=byte"], "holds no text"),
@@ -1737,7 +2105,7 @@ def mistakes(workspace):
     dataset.write_shard(str(workspace / "data/foreign/val_000000.bin"), [1, 1, 1, 60000] + [1] * 100)
     (workspace / "data/manifest/meta.json").write_text("{}")
     for name, raw in {"broken.json": b"{", "unknown.json": b'{"max_l": 1}', "empty.txt": b"", "blank.txt": b"\n\n \n\n", "binary.txt": bytes(range(256)) * 9,
-                      "t.jsonl": b'{"story": "x"}\n', "broken.jsonl": b'{"text": "x"}\n{"text": \n'}.items():
+                      "t.jsonl": b'{"story": "x"}\n', "broken.jsonl": b'{"text": "x"}\n{"text": \n', "bad.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n'}.items():
         (workspace / name).write_bytes(raw)
     (workspace / "other.txt").write_text("\n\n".join(stories(90)))
     dataset.prepare(str(workspace / "other.txt"), "byte", out=str(workspace / "data/other"))

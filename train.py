@@ -5,6 +5,7 @@ Trains a GPT. One process on a CPU, a GPU or an Apple GPU, or one a GPU under to
     python train.py                                      # GPT-2 124M on one device
     torchrun --nproc_per_node=8 train.py                 # on eight
     python train.py --resume --out_dir=runs/a            # go on from the newest checkpoint, exactly
+    python train.py --recipe=sft --init_from=gpt2 --data=pairs.jsonl    # fine-tune on prompts and responses
 
 Every hyperparameter below is an option, --name=value. A recipe sets several, --config=FILE.json too; the command line wins.
 """
@@ -35,6 +36,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 import hellaswag
 import model as gpt
@@ -47,7 +49,7 @@ from model import CONFIGS, GPT, GPTConfig
 recipe = "gpt2"  # a row of RECIPES
 config = ""  # a JSON file of hyperparameters
 data = "data/fineweb-edu"  # a folder that dataset.py wrote, or a text, .jsonl or .parquet file, tokenized on first use
-tokenizer = "gpt2"  # of such a file: gpt2, byte, bpe:N, or the path of a tokenizer.json
+tokenizer = "gpt2"  # of such a file: gpt2, byte, bpe:N, the path of a tokenizer.json, or model (that of init_from, its default)
 out_dir = "."  # log.txt and checkpoints/ go here
 init_from = ""  # start from these weights: a checkpoint, a Hugging Face folder, or a name such as gpt2
 resume = ""  # go on: newest (or nothing), a checkpoint, or auto (newest if there is one)
@@ -58,6 +60,10 @@ micro_batch = 0  # sequences a forward pass; 0: as many as fit
 max_steps = 19_073  # 0: as many as make `epochs`
 epochs = 0.0  # passes over the training data
 stride = 0  # tokens from one window to the next; 0: block_size
+doc_mask = False  # documents, or pairs, that share a window do not see one another, and each begins at position 0
+teacher = ""  # learn from the predictions of this model, too: a checkpoint, a Hugging Face folder or name
+distill_alpha = 0.5  # their share of the loss; the rest is the labels'
+distill_temperature = 1.0  # both distributions are flattened by it before they are compared
 optimizer = "adamw"  # adamw | muon (the blocks' matrices by Muon, the rest by AdamW)
 max_lr = 6e-4  # after the warm-up
 min_lr = 6e-5  # at the end
@@ -78,6 +84,7 @@ grad_checkpoint = False  # recompute activations in the backward pass: less memo
 deterministic = False  # bit-for-bit repeatable on CUDA too, at some cost in speed
 val_interval = 250  # steps; 0: never
 val_tokens = 10_485_760  # the first tokens of the val split
+patience = 0  # stop after this many validations in a row without a new best one, each of which is saved; 0: never
 ckpt_interval = 1000  # steps; 0: never
 keep = 3  # newest checkpoints that stay, beside the best one
 sample_interval = 250  # steps; 0: never
@@ -124,6 +131,10 @@ RECIPES = {
         **CONFIGS["tiny"], data=os.path.join(HERE, "input.txt"), tokenizer="bpe:4096", total_batch_size=4 * 256, max_steps=1100,
         max_lr=4e-3, min_lr=0.0, warmup_steps=50, val_interval=110, ckpt_interval=220, sample_interval=550, sample_prompt="Once",
         hella_interval=0, log_interval=10),
+    # Of a model that is given (--init_from), on pairs that are (--data).
+    "sft": dict(
+        data="pairs.jsonl", total_batch_size=16 * 1024, epochs=3, max_lr=1e-4, min_lr=0.0, warmup_steps=20, doc_mask=True, patience=3,
+        val_interval=50, val_tokens=500_000, ckpt_interval=500, sample_interval=0, hella_interval=0),
     "speedrun": dict(
         **CONFIGS["speedrun"], optimizer="muon", schedule="wsd", cooldown=0.7, max_lr=2e-3, min_lr=0.0, warmup_steps=100, max_steps=6000),
 }
@@ -225,7 +236,9 @@ def check(name, value):
         raise UserError(f"{name}={value!r} must be one of {', '.join(ALLOWED[name])}")
     if isinstance(value, (int, float)) and value < (name in AT_LEAST_ONE):
         raise UserError(f"{name}={value} must be at least {int(name in AT_LEAST_ONE)}")
-    if name in ("beta1", "beta2", "dropout", "cooldown") and value >= 1 or isinstance(value, int) and value >= 2**63:
+    if name == "distill_temperature" and value <= 0:
+        raise UserError(f"{name}={value} must be above 0")
+    if name in ("beta1", "beta2", "dropout", "cooldown") and value >= 1 or name == "distill_alpha" and value > 1 or isinstance(value, int) and value >= 2**63:
         raise UserError(f"{name}={value} is too large")
 
 
@@ -333,25 +346,28 @@ def peak_memory_gb(device):
 
 # -- the data and the model
 
-def open_data(is_first, wait):
-    """-> the folder of shards; a text file is tokenized into one first."""
+def open_data(is_first, wait, spec):
+    """-> the folder of shards; a file is tokenized into one first. `spec` is the model's own tokenizer, where there is a model."""
     if os.path.isdir(data):
         return data
     if not os.path.isfile(data):
         source = os.path.basename(data)
         raise UserError(f"there is no data {data}; " + (
             f"make it with: python dataset.py --source={source}; or try --recipe=tiny, which needs none" if source in dataset.SOURCES
-            else "name a folder that dataset.py wrote, or a text file"))
+            else "name a folder that dataset.py wrote, or a file of text or pairs"))
     if is_first:
-        dataset.prepare(data, tokenizer, out=text_folder())
+        dataset.prepare(data, spec if spec and tokenizer == "model" else tokenizer, out=text_folder(spec))
     wait()
-    return text_folder()
+    return text_folder(spec)
 
 
-def text_folder():
-    """Where the shards of a text file go: one text may be wanted in several tokenizers."""
-    stem, kind = os.path.splitext(os.path.basename(data))[0], os.path.splitext(os.path.basename(tokenizer))[0]
-    return os.path.join("data", f"{stem}-{re.sub(r'[^a-z0-9]+', '', kind.lower())}")
+def text_folder(spec=None):
+    """Where the shards of a file go: one text may be wanted in several tokenizers."""
+    stem, kind = (os.path.splitext(os.path.basename(p))[0] for p in (data, spec["name"] if spec and tokenizer == "model" else tokenizer))
+    kind = re.sub(r"[^a-z0-9]+", "", kind.lower())
+    if spec and tokenizer == "model" and "merges" in spec:  # two models can have two tokenizers of one name
+        kind += "-" + dataset.tokenizer_fingerprint(dataset.get_tokenizer(spec))[:6]
+    return os.path.join("data", f"{stem}-{kind}")
 
 
 def data_tokenizer(folder, loader):
@@ -373,17 +389,30 @@ def data_tokenizer(folder, loader):
 
 def initial_model(asked):
     """The model that init_from names, and its tokenizer's spec. The shape it has becomes this run's."""
-    if os.path.isfile(init_from):
-        model, source = gpt.load_checkpoint(init_from)
-        spec = source["tokenizer"]
-    else:
-        model, spec = GPT.from_pretrained(init_from), gpt.read_spec(init_from)
+    model, known = gpt.find_model(init_from)
     wanted = {**RECIPES[recipe], **asked}
     check_shape(init_from, dataclasses.asdict(model.cfg), wanted)
     for k in ("dropout", "attention"):
         setattr(model.cfg, k, wanted.get(k, getattr(model.cfg, k)))
-    globals().update({k: getattr(model.cfg, k) for k in SHAPE})
-    return model, spec
+    globals().update({k: getattr(model.cfg, k) for k in SHAPE}, tokenizer=asked.get("tokenizer", "model"))
+    return model, known["tokenizer"]
+
+
+def open_teacher(device, spec):
+    """The model that --teacher names, ready to be asked"""
+    model, its, _ = gpt.open_model(teacher, device=device)
+    if its != spec:
+        raise UserError(f"the teacher {teacher} is in tokenizer {its['name']}, the data in {(spec or {}).get('name')}; they must be the same")
+    if model.cfg.block_size < block_size:
+        raise UserError(f"the teacher {teacher} has a context of {model.cfg.block_size}, which is less than block_size={block_size}")
+    return model
+
+
+def distill(loss, logits, wanted, targets):
+    """The loss mixed with the divergence from the teacher's distribution, its size restored by T^2 (Hinton et al., 2015)"""
+    student, wanted = (F.log_softmax(x.float() / distill_temperature, dim=-1) for x in (logits, wanted))  # (B, T, tokens)
+    apart, learned = F.kl_div(student, wanted, reduction="none", log_target=True).sum(dim=-1), targets >= 0  # (B, T)
+    return (1 - distill_alpha) * loss + distill_alpha * distill_temperature**2 * (apart * learned).sum() / learned.sum()
 
 
 def new_model(n_tokens):
@@ -469,7 +498,7 @@ def scatter(state, optimizer):
     return {**state, "state": {i: {k: part(params[i], v) for k, v in moments.items()} for i, moments in state["state"].items()}}
 
 
-def fit(model, device, autocast, sequences, used, shares, first):
+def fit(model, loss_of, device, autocast, sequences, used, shares, first):
     """
     -> the micro-batch, and the model to train, compiled where that works. Tried out before the run: it is too late to learn
     in its middle that memory is short or a compiler is missing. `used` is what the run had before it was resumed; of AdamW's
@@ -483,10 +512,11 @@ def fit(model, device, autocast, sequences, used, shares, first):
         try:
             tokens = torch.zeros(sizes[0], block_size, dtype=torch.long, device=device)
             later = [torch.empty(2, p.numel() // shares, device=device) for p in model.parameters()]  # room for AdamW's two moments
+            batch = [tokens] * (3 if doc_mask else 2)
             with autocast():
-                fast(tokens, tokens)[1].backward()
+                loss_of(fast, *batch).backward()
                 with torch.no_grad():
-                    model(tokens, tokens)  # as validation does
+                    model(*batch)  # as validation does
             break
         except torch.OutOfMemoryError:
             if len(sizes) == 1:
@@ -504,7 +534,7 @@ def fit(model, device, autocast, sequences, used, shares, first):
             fast, compiled = model, False
             torch._dynamo.reset()
         finally:
-            tokens = later = None
+            tokens = batch = later = None
             model.zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -513,9 +543,13 @@ def fit(model, device, autocast, sequences, used, shares, first):
 
 # -- checkpoints and the log
 
+def checkpoint_path(step):
+    return os.path.join(out_dir, "checkpoints", f"model_{step:06d}.pt")
+
+
 def save_checkpoint(state, best):
     """Complete under its name, or not there at all. The newest few stay, and the best."""
-    path = os.path.join(out_dir, "checkpoints", f"model_{state['step']:06d}.pt")
+    path = checkpoint_path(state["step"])
     try:
         with open(path + ".tmp", "wb") as f:
             torch.save(state, f)
@@ -587,9 +621,9 @@ def describe(model, world_size, sequences, n_windows, where, about=""):
     print(f"device: {where}", flush=True)
 
 
-def plan(world_size, sequences, model):
+def plan(world_size, sequences, model, spec):
     """--dry_run: the same, and what it costs, without weights, data or device."""
-    folder = data if os.path.isdir(data) else text_folder()
+    folder = data if os.path.isdir(data) else text_folder(spec)
     source = dataset.SOURCES.get(os.path.basename(data), {})
     about, n_windows = "", 0
     if dataset.read_manifest(folder):
@@ -694,10 +728,10 @@ def main():
         return climb()
     if zero2 and (optimizer != "adamw" or compile == "true"):
         raise UserError("parallel=zero2 goes with optimizer=adamw, and without compile")
-    raw, spec_wanted = initial_model(asked) if init_from and not ckpt else (None, None)
+    raw, own = initial_model(asked) if init_from and not ckpt else (None, ckpt and ckpt["tokenizer"])  # own: the model's tokenizer
     sequences = divide_batch(world_size)  # a process and step
     if dry_run:
-        return plan(world_size, sequences, raw) if first else None
+        return plan(world_size, sequences, raw, own) if first else None
     where = gpt.pick_device(device, local_rank)
     if world_size > 1:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=2))
@@ -725,24 +759,27 @@ def main():
     # data
     n_windows, held_out = 0, {}  # split -> its loader, and how many of its windows are judged
     if bench:
-        spec, enc, fingerprint, n_tokens = None, None, None, expected_tokens(data if os.path.isdir(data) else text_folder())
+        spec, enc, fingerprint, template = None, None, None, None
+        n_tokens = raw.cfg.n_tokens if raw else expected_tokens(data if os.path.isdir(data) else text_folder())
         batch = torch.randint(n_tokens, (2, sequences, block_size), device=where)
+        batch = torch.cat((batch, torch.zeros_like(batch[:1]))) if doc_mask else batch
     else:
-        folder = open_data(first, wait)
-        loader = DataLoader(folder, "train", sequences, block_size, rank, world_size, seed, stride, device=where)
+        folder = open_data(first, wait, own)
+        loader = DataLoader(folder, "train", sequences, block_size, rank, world_size, seed, stride, device=where, doc_mask=doc_mask)
         spec, enc, fingerprint = data_tokenizer(folder, loader)
+        template = (loader.manifest or {}).get("template")  # of a chat, where the data are pairs
         n_tokens, n_windows = enc.n_vocab if enc else gpt.GPT2_TOKENS, loader.n_windows
         if loader.manifest is None and first:
             print(f"{folder} has no manifest: its tokens are taken for GPT-2's, and checked only for being in the vocabulary")
         if loader.manifest and asked.get("tokenizer", spec["name"]) not in (spec["name"], loader.manifest["settings"]["tokenizer"]):
             raise UserError(f"{folder} is in tokenizer {spec['name']}, not {asked['tokenizer']}")
-        if spec_wanted and spec != spec_wanted:
-            raise UserError(f"{init_from} was trained with tokenizer {spec_wanted['name']}; {folder} is in another, {spec['name']}")
+        if own and spec != own:
+            raise UserError(f"{ckpt['path'] if ckpt else init_from} was trained with tokenizer {own['name']}; {folder} is in another, {spec['name']}")
         if ckpt and ckpt["data_fingerprint"] != fingerprint and not new_data:
             raise UserError(f"{folder} is not the data that {ckpt['path']} was trained on; --new_data goes on all the same")
         for split, most in (("val", max(1, val_tokens // block_size)), ("test", math.inf)):
             try:
-                held = DataLoader(folder, split, 1, block_size, vocab_size=n_tokens, device=where)
+                held = DataLoader(folder, split, 1, block_size, vocab_size=n_tokens, device=where, doc_mask=doc_mask)
                 held_out[split] = held, min(held.n_windows, most)
             except UserError as e:
                 if first and (val_interval if split == "val" else f'"{split}"' in json.dumps(loader.manifest)):
@@ -757,11 +794,22 @@ def main():
     if n_tokens > raw.cfg.vocab_size:
         raise UserError(f"vocab_size={raw.cfg.vocab_size:,} is too small for the tokenizer's {n_tokens:,} tokens")
     raw.grad_checkpoint = grad_checkpoint
+    master = open_teacher(where, spec) if teacher and not bench else None
+
+    def loss_of(model, x, y, *document):
+        """The mean over what a batch has to teach"""
+        logits, loss = model(x, y, *document)
+        if master is None:
+            return loss
+        with torch.inference_mode(), torch.autocast(where.type, enabled=False):
+            wanted = master(x, y, *document)[0]
+        return distill(loss, logits[..., :n_tokens], wanted[..., :n_tokens], y)
+
     flops_per_token, n_parameters = raw.flops_per_token(), raw.param_counts()["total"]
     if first:
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type}, {torch.get_num_threads()} threads"
         describe(raw, world_size, sequences, n_windows, f"{name}, {amp_name}")
-    B, model = fit(raw, where, autocast, sequences, ckpt and ckpt["micro_batch"], world_size if zero2 else 1, first)
+    B, model = fit(raw, loss_of, where, autocast, sequences, ckpt and ckpt["micro_batch"], world_size if zero2 else 1, first)
     compiled = model is not raw
     if world_size > 1:
         smallest = torch.tensor(B, device=where)
@@ -771,7 +819,7 @@ def main():
     accumulate = sequences // B
     optimizers = make_optimizers(raw, where)
     if bench:
-        loader = types.SimpleNamespace(position=0, next_batch=lambda: (batch[0, :B], batch[1, :B]))
+        loader = types.SimpleNamespace(position=0, next_batch=lambda: batch[:, :B], learned=lambda n: n * block_size)
     else:
         loader.B, loader.vocab_size = B, n_tokens
 
@@ -802,9 +850,7 @@ def main():
         log.write("# " + json.dumps({
             "recipe": recipe, "step": step0, "world_size": world_size, "micro_batch": B, "device": where.type, "dtype": amp_name,
             "parameters": n_parameters, "config": {k: globals()[k] for k in SETTINGS}}) + "\n")
-        padded = loader.padded_share(B) if B > 1 and loader.manifest else None
-        padded = f", every position a token (padded to the longest document, {padded:.0%})" if padded else ""
-        print(f"micro-batch {B} x {accumulate} a step{padded}; log and checkpoints in {os.path.abspath(out_dir)}"
+        print("; ".join([f"micro-batch {B} x {accumulate} a step", *loader.filling(B)]) + f"; log and checkpoints in {os.path.abspath(out_dir)}"
               + (f"; from step {step0}" if step0 else ""), flush=True)
 
     # what is done now and then
@@ -823,10 +869,11 @@ def main():
             for i in range(rank * B, windows, B * world_size):
                 if stop_signal:
                     break
-                x, y = held.windows(range(i, min(i + B, windows)))
-                nats += judged(x, y)[1].item() * y.numel()
-                tokens += y.numel()
-                n_bytes += byte_count[y].sum().item() if enc else 0
+                x, y, *document = held.windows(range(i, min(i + B, windows)))
+                learned = y[y >= 0]
+                nats += judged(x, y, *document)[1].item() * len(learned)
+                tokens += len(learned)
+                n_bytes += byte_count[learned].sum().item() if enc else 0
         raw.train()
         nats, tokens, n_bytes, stopped = total(nats, tokens, n_bytes, stop_signal)
         if stopped:
@@ -851,17 +898,19 @@ def main():
         return not stopped
 
     def print_sample(step):
-        tokens = [enc.eot_token] + enc.encode_ordinary(sample_prompt)
+        tokens = dataset.prompt_tokens(enc, template, [(sample_prompt, None)])
+        n = len(tokens)
         with whole(raw) as speaker, autocast():
             stream = speaker.stream([tokens], sample_temperature, top_k=50, generator=torch.Generator(where).manual_seed(seed))
-            while first and len(tokens) < 200 and not stop_signal and (token := next(stream).item()) != enc.eot_token:
+            while first and len(tokens) < n + 200 and not stop_signal and (token := next(stream).item()) != enc.eot_token:
                 tokens.append(token)
             stream.close()
         if first:
-            dataset.say(f"sample at step {step}: {enc.decode(tokens[1:])}\n")
+            between = "\n" if template else ""
+            dataset.say(f"sample at step {step}: {sample_prompt}{between}{enc.decode(tokens[n:])}\n")
 
     def save(step):
-        if last_val["step"] == step and last_val["val"] < best["val"]:
+        if improved(step):
             best.update(last_val)
         states = [get_rng(where)]
         if world_size > 1:
@@ -876,7 +925,7 @@ def main():
                 "scaler": scaler.state_dict(), "rng": states, "loader": loader.state_dict(), "micro_batch": B,
                 "model_config": dataclasses.asdict(raw.cfg),
                 "train_config": {k: globals()[k] for k in SETTINGS if k not in OF_ONE_START},
-                "tokenizer": spec, "data_fingerprint": fingerprint, "best": best, "last_val": last_val,
+                "tokenizer": spec, "template": template, "data_fingerprint": fingerprint, "best": best, "last_val": last_val,
                 "wandb": board and board.id,
                 "totals": {**totals, "tokens": step * total_batch_size, "flops": step * total_batch_size * flops_per_token}}, best)
             dataset.say(f"step {step}/{max_steps} | saved {path}")
@@ -892,6 +941,7 @@ def main():
             examples = hellaswag.encode(hellaswag.read_examples(hellaswag.PATH), enc, block_size)
 
     # the loop
+    improved = lambda step: last_val["step"] == step and last_val["val"] < best["val"]
     due = lambda step, interval: interval and (step % interval == 0 or step == max_steps)
     byte_count = torch.tensor(dataset.token_bytes(enc), device=where) if enc else None
     peak, bad_steps, times = peak_tflops(where), 0, []
@@ -912,24 +962,28 @@ def main():
             if evaluated and step and due(step, sample_interval) and enc:
                 print_sample(step)
             stop = not evaluated
-        if not bench and (step > step0 and due(step, ckpt_interval) or stop):
+        if not bench and (step > step0 and due(step, ckpt_interval) or stop or patience and improved(step)):
             save(step)
-        if step == max_steps or stop:
+        worn_out = patience and last_val["step"] == step and step - best["step"] >= patience * val_interval
+        if step == max_steps or stop or worn_out:
             break
 
         # one step: forward and backward for every micro-batch, then one update
         began = time.perf_counter()
         loss = torch.zeros((), device=where)
+        learned = loader.learned(sequences * world_size)
         for micro in range(accumulate):
-            x, y = loader.next_batch()
+            x, y, *document = loader.next_batch()
             last = micro == accumulate - 1
             if zero2:
                 model.set_reshard_after_backward(last)
             elif world_size > 1:
                 # Gradients travel with the last micro-batch only; DDP wants to know before the forward pass.
                 model.require_backward_grad_sync = last
+            # The loss is a mean over what the whole step teaches; of the processes' gradients, too, the mean is taken.
+            weight = (y >= 0).sum() * (world_size / learned)
             with autocast():
-                part = model(x, y)[1] / accumulate
+                part = loss_of(model, x, y, *document) * weight
             loss += part.detach()
             scaler.scale(part).backward()
         lr = get_lr(step)
@@ -977,7 +1031,10 @@ def main():
         if board:
             board.finish()
         cost = f", ${totals['usd']:.2f}" if usd_per_gpu_hour else ""
-        dataset.say(f"{'stopped' if stop else 'done'} at step {step}: {totals['seconds'] / 60:.1f} minutes of training{cost}")
+        why = f", no better validation loss in {patience}" if worn_out else ""
+        dataset.say(f"{'stopped' if stop else 'done'} at step {step}{why}: {totals['seconds'] / 60:.1f} minutes of training{cost}")
+        if patience and best["step"] >= 0:
+            dataset.say(f"best: step {best['step']}, validation loss {best['val']:.4f}: {checkpoint_path(best['step'])}")
     code = 128 + stop_signal if stop_signal else 0
     if world_size > 1:
         wait()  # for the process that saves
