@@ -5,6 +5,7 @@ Text in, token shards out.
     python dataset.py --source=book.txt --tokenizer=bpe:4096   # your own text, your own tokenizer -> data/book/
     python dataset.py --source=a.jsonl,b.txt --weights=3,1     # a mix of documents, three tokens of a to one of b
     python dataset.py --source=pairs.jsonl                     # prompts and responses to fine-tune on, with a loss mask
+    python dataset.py --source=synth --prompts=prompts.txt --endpoint=http://localhost:8000/v1 --model=NAME   # asks a server for responses
 
 A shard is a file in the format of llm.c: 256 little-endian int32 (magic, version, token count, zeros), then the
 tokens as uint16. Every document begins with the end-of-text token; text is encoded with special tokens off.
@@ -25,16 +26,18 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import shutil
 import struct
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Callable
 
@@ -983,6 +986,177 @@ def encode_pairs(enc, template, pieces):
     return np.concatenate([encode_chat(enc, template, turns) for turns, _ in pieces])
 
 
+# -- pairs from a server that speaks OpenAI's chat completions: most do, in the cloud or at home
+
+KEY = "OPENAI_API_KEY"  # the environment's; it goes into requests and nowhere else
+TRIES, LONGEST_WAIT, TIMEOUT, GIVEN_UP = 8, 60, 300, 10  # of a prompt; seconds, twice; prompts in a row without a response
+
+
+def synthesize(prompts, endpoint, model, request=None, concurrency=None, out=None):
+    """
+    Asks for a response to every prompt, and appends each, with where it is from, to a file of pairs. What is there already is not
+    asked for again.
+    """
+    for name, value in (("prompts", prompts), ("endpoint", endpoint), ("model", model)):
+        if not value:
+            raise UserError(f"--source=synth needs --{name}")
+    out, concurrency = out or os.path.join("data", "synth.jsonl"), 8 if concurrency is None else concurrency
+    if not 1 <= concurrency <= 1000:
+        raise UserError(f"--concurrency={concurrency} is not from 1 to 1,000")
+    try:
+        body = json.loads(request or "{}")
+        body.update(model=model, messages=list(body.get("messages", [])))
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"--request={request} must be a JSON object, {{\"temperature\": 0.7}} say") from None
+    try:
+        url = urllib.parse.urlsplit(endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions")
+        good = url.scheme in ("http", "https") and url.hostname and (url.port or True)
+    except ValueError:
+        good = False
+    if not good or url.username or url.query:
+        raise UserError(f"--endpoint must be like http://localhost:8000/v1; a key goes into {KEY}")
+    key = os.environ.get(KEY, "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise UserError(f"{KEY} holds a character that no key has")
+
+    wanted = read_prompts(prompts)
+    file, answered = open_answers(out)
+    missing = [p for p in wanted if p not in answered]
+    todo, refused, in_a_row, shown, started = deque(missing), {}, 0, 0, time.monotonic()
+    say(f"{out}: {len(wanted) - len(missing):,} of {len(wanted):,} prompts have their response")
+    stop, calm = threading.Event(), [0.0]  # calm: when the server, by its own word, may be asked again
+
+    def keep(prompt, text, finish):
+        row = dict(prompt=prompt, response=text, model=model, endpoint=url.geturl(), finish_reason=finish, time=int(time.time()))
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        file.flush()
+        os.fsync(file.fileno())
+
+    running = {}
+    with file, ThreadPoolExecutor(concurrency) as pool:
+        try:
+            while todo or running:
+                while todo and len(running) < concurrency:
+                    prompt = todo.popleft()
+                    full = {**body, "messages": [*body["messages"], {"role": "user", "content": prompt}]}
+                    running[pool.submit(ask, url.geturl(), key, full, stop, calm)] = prompt
+                for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+                    prompt, (text, why) = running.pop(future), future.result()
+                    if text:
+                        keep(prompt, text, why)
+                        in_a_row = 0
+                    else:
+                        refused[prompt] = why
+                        in_a_row += 1
+                if in_a_row >= GIVEN_UP:
+                    break
+                left, seconds = len(todo) + len(running), time.monotonic() - started
+                if sys.stdout.isatty() or seconds - shown > 10:
+                    shown, rate = seconds, (len(missing) - left) / seconds
+                    say(f"{len(wanted) - left:,}/{len(wanted):,} prompts, {rate:.1f}/s, {clock(left / rate)} left", again=True)
+        finally:
+            stop.set()
+            for future, prompt in running.items():  # what is on its way was asked for
+                if not future.exception() and future.result()[0]:
+                    keep(prompt, *future.result())
+    if lacking := len(refused) + len(todo):
+        raise UserError(f"{lacking:,} of {len(wanted):,} prompts have no response, the last for {list(refused.values())[-1]}; "
+                        "the same command asks for them again")
+    say(f"{out}: {len(wanted):,} pairs; python train.py --recipe=sft --init_from=MODEL --data={out} learns them")
+
+
+def ask(url, key, body, stop, calm):
+    """-> the response and why it ended, or None and why there is none. It waits and tries again where that may help."""
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    why = "a stop"
+    for attempt in range(TRIES):
+        while not stop.is_set() and (left := calm[0] - time.monotonic()) > 0:
+            stop.wait(left)
+        if stop.is_set():
+            break
+        seconds = min(LONGEST_WAIT, 2**attempt) * random.uniform(0.5, 1)
+        try:
+            with OPENER.open(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=TIMEOUT) as response:
+                choice = json.load(response)["choices"][0]
+            if (choice["message"]["content"] or "").strip():
+                return choice["message"]["content"].strip(), choice.get("finish_reason")
+            why = "an empty response"
+        except urllib.error.HTTPError as e:
+            why, said = f"HTTP status {e.code}", e.headers.get("Retry-After", "")
+            if e.code in (401, 403):
+                raise UserError(f"{url} " + (f"does not take the key in {KEY}" if key else f"wants a key; set {KEY}")) from None
+            if e.code < 400 or e.code == 404:
+                raise UserError(f"{url} has no model {body['model']}, or is not the server's address ({why})") from None
+            if e.code < 500 and e.code not in (408, 409, 425, 429):  # this prompt will not be answered
+                break
+            if e.code in (429, 503):  # and so for all the others
+                seconds = float(said) if re.fullmatch(r"\d+(\.\d+)?", said) else seconds
+                calm[0] = max(calm[0], time.monotonic() + seconds)
+        except (OSError, http.client.HTTPException) as e:
+            why = str(getattr(e, "reason", None) or e or type(e).__name__)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            why = "an answer that is no chat completion"
+        stop.wait(seconds)
+    return None, why
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A key is for the address that was named."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
+
+
+def read_prompts(path):
+    """A prompt a line, or the prompts of a .jsonl file, each once"""
+    prompts = []
+    with open_source_file(path) as f:
+        for number, line in enumerate(f, 1):
+            try:
+                if line.strip():
+                    text = line.decode("utf-8-sig")
+                    prompts.append(prompt_of(json.loads(text)) if path.endswith(".jsonl") else text.strip())
+            except (ValueError, TypeError, AttributeError) as e:
+                raise UserError(f"{path}, line {number}: no prompt ({str(e)[:60]})") from None
+    if not prompts:
+        raise UserError(f"{path} holds no prompts")
+    return list(dict.fromkeys(prompts))
+
+
+def open_answers(path):
+    """-> the file, for appending and for no other process, and the prompts that it answers. A line cut off by a kill is removed."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        file = open(path, "ab+")
+        with contextlib.suppress(ImportError):  # not on Windows
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is being written by another process") from None
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
+    file.seek(0)
+    answered, end = set(), 0
+    for number, line in enumerate(file, 1):
+        try:
+            row = json.loads(line)
+            answered.add((row["prompt"], row["response"], row["model"])[0])
+        except (ValueError, KeyError, TypeError):
+            begun = b'{"prompt": '
+            if line.endswith(b"\n") or line[:len(begun)] != begun[:len(line)]:
+                raise UserError(f"{path}, line {number}, is not of --source=synth; choose another --out") from None
+            break
+        end += len(line)
+    if end and not line.endswith(b"\n") and end == file.tell():
+        file.write(b"\n")
+    else:
+        file.truncate(end)
+    return file, answered
+
+
 def large_pages():
     """
     On a CPU, page faults cost more than anything else: lets torch use large pages, and glibc keep what is freed. It must be
@@ -1069,7 +1243,7 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     p = Parser(prog="dataset.py", description=__doc__)
-    p.add_argument("--source", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], or .txt, .jsonl, .parquet files, 'dir/*.txt'; "
+    p.add_argument("--source", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], synth, or .txt, .jsonl, .parquet files, 'dir/*.txt'; "
                    "several, separated by commas, are mixed (%(default)s)")
     p.add_argument("--weights", type=numbers, help="tokens of each source of a mix, relative to the others: 3,1 (equal)")
     p.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (gpt2)")
@@ -1084,8 +1258,20 @@ def main():
     p.add_argument("--bpe_bytes", type=integer, help="bpe:N is trained on this much of the source (%(default)s)")
     p.add_argument("--workers", type=integer, help="threads that tokenize (all cores)")
     p.add_argument("--strict", action="store_true", help="the first line of a file of pairs that is none is the end")
+    synth = p.add_argument_group("--source=synth asks a server for responses")
+    synth.add_argument("--prompts", metavar="FILE", help="a prompt a line, or a .jsonl file with prompt or instruction")
+    synth.add_argument("--endpoint", metavar="URL", help=f"of a server with OpenAI's chat completions, http://localhost:8000/v1 say; its key in {KEY}")
+    synth.add_argument("--model", metavar="NAME", help="as the server calls it")
+    synth.add_argument("--request", metavar="JSON", help='what else a request says: {"temperature": 0.7, "messages": [{"role": "system", "content": "..."}]}')
+    synth.add_argument("--concurrency", type=integer, help="requests at a time (8)")
     p.set_defaults(**{k: v.default for k, v in inspect.signature(prepare).parameters.items()})
-    prepare(**vars(p.parse_args()))
+    a = vars(p.parse_args())
+    asked = {k: a.pop(k) for k in ("prompts", "endpoint", "model", "request", "concurrency")}
+    if a["source"] == "synth":
+        return synthesize(out=a["out"], **asked)
+    if given := [k for k, v in asked.items() if v is not None]:
+        raise UserError(f"--{given[0]} goes with --source=synth")
+    prepare(**a)
 
 
 def numbers(text):

@@ -988,6 +988,142 @@ def test_a_named_column_makes_a_text_of_a_file_of_pairs(tmp_path):
     assert sorted(as_bytes(read_split(tmp_path / "d", "train") + read_split(tmp_path / "d", "val"))) == sorted(f"c{i}" for i in range(20))
 
 
+@contextlib.contextmanager
+def stub_server(answer):
+    """A server of chat completions. answer(prompt, n) of the n-th request: (status, headers, body), or None to hang up.  -> its address, and the requests' prompts, keys, and times"""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((body["messages"][-1]["content"], self.headers["Authorization"], time.monotonic(), body))
+            reply = answer(asked[-1][0], len(asked)) if self.path == "/v1/chat/completions" else (404, {}, b"")
+            if reply:
+                status, headers, content = reply
+                self.send_response(status)
+                for k, v in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(k, v)
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+        server.shutdown()
+
+
+def completion(prompt):
+    content = f"{prompt.upper()}, \u2603\n"
+    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}]}).encode()
+
+
+FAILURES = [(500, {}, b"{}"), (429, {"Retry-After": "0.05"}, b""), (503, {}, b"busy"), None, (200, {}, b"<html>"), (200, {}, b'{"choices": []}'), (200, {"Content-Length": "999"}, b'{"choi'),
+            (200, {}, b'{"choices": [{"message": {"content": " "}}]}')]
+IMPATIENT = "import dataset; dataset.LONGEST_WAIT = 0.05; "
+
+
+def test_a_synthesis_killed_five_times_ends_with_every_prompt_answered_once(tmp_path):
+    rng, prompts = random.Random(0), [f"What is {i}?" for i in range(80)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts + ["", prompts[3], f"  {prompts[5]} "]))
+    answered = []
+
+    def answer(prompt, n):
+        time.sleep(0.02)
+        if rng.random() < 0.4:
+            return rng.choice(FAILURES)
+        answered.append(prompt)
+        return completion(prompt)
+
+    out = tmp_path / "s/out.jsonl"
+    lines = lambda: out.read_bytes().count(b"\n") if out.exists() else 0
+    with stub_server(answer) as (url, asked):
+        command = [sys.executable, "-c", IMPATIENT + "dataset.main()", "--source=synth", "--prompts=prompts.txt", f"--endpoint={url}", "--model=m", "--concurrency=4", f"--out={out}"]
+        env = {**os.environ, "PYTHONPATH": HERE, "OPENAI_API_KEY": "sk-secret"}
+        for goal in (1, 13, 26, 40, 55):
+            p = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while lines() < goal and p.poll() is None:
+                time.sleep(0.002)
+            assert p.poll() is None, "the synthesis was too fast to be killed"
+            p.kill()
+            p.wait()
+        with open(out, "ab") as f:
+            f.write(b'{"prompt": "cut off')
+        r = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert r.returncode == 0, r.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(row["prompt"] for row in rows) == sorted(prompts)
+    for row in rows:
+        assert row["response"] == row["prompt"].upper() + ", \u2603" and (row["model"], row["endpoint"], row["finish_reason"]) == ("m", f"{url}/chat/completions", "stop")
+    assert len(answered) <= 80 + 5 * 4  # again is asked only what was on its way at a kill
+    assert {key for _, key, *_ in asked} == {"Bearer sk-secret"} and "secret" not in r.stdout + r.stderr + out.read_text()
+    assert r.stdout.splitlines()[0].endswith("of 80 prompts have their response") and [dataset.parse_pair(line)[0] for line in out.read_bytes().splitlines()] == ["prompt, response"] * 80
+
+
+def test_a_failing_server_is_asked_until_it_answers_and_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "LONGEST_WAIT", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    write_lines(tmp_path / "prompts.jsonl", [dict(prompt="a"), dict(instruction="b", input="c"), dict(prompt="a", response="old")] + [dict(prompt=f"{i}") for i in range(30)])
+    tries, go = Counter(), lambda: dataset.synthesize(str(tmp_path / "prompts.jsonl"), url, "m", '{"temperature": 0.5, "messages": [{"role": "system", "content": "s"}]}', 5, str(tmp_path / "out.jsonl"))
+
+    def answer(prompt, n):
+        tries[prompt] += 1
+        return completion(prompt) if tries[prompt] == 5 else FAILURES[(tries[prompt] + len(prompt) + ord(prompt[0])) % len(FAILURES)]
+
+    with stub_server(answer) as (url, asked):
+        go()
+        assert set(tries.values()) == {5} and len(tries) == 32 and asked[0][1] is None
+        assert (asked[0][3]["temperature"], asked[0][3]["model"], asked[0][3]["messages"][0]) == (0.5, "m", {"role": "system", "content": "s"})
+        go()
+    assert set(tries.values()) == {5} and len((tmp_path / "out.jsonl").read_text().splitlines()) == 32
+
+
+def test_a_server_that_says_how_long_to_wait_is_left_alone_that_long(tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(map(str, range(12))))
+    with stub_server(lambda prompt, n: (429, {"Retry-After": "1"}, b"") if n <= 4 else completion(prompt)) as (url, asked):
+        dataset.synthesize(str(tmp_path / "p.txt"), url, "m", concurrency=4, out=str(tmp_path / "out.jsonl"))
+    assert len(asked) == 16 and asked[4][2] - asked[0][2] > 0.95
+
+
+@pytest.mark.parametrize("status, said", [(401, "does not take the key in OPENAI_API_KEY"), (404, "has no model m"), (302, "is not the server's address")])
+def test_what_cannot_get_better_ends_a_synthesis_at_once(tmp_path, monkeypatch, status, said):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    (tmp_path / "p.txt").write_text("\n".join(map(str, range(100))))
+    with stub_server(lambda prompt, n: completion(prompt) if n < 10 else (status, {"Location": "http://127.0.0.1:9/"}, b"sk-secret")) as (url, asked):
+        with pytest.raises(dataset.UserError, match=said) as e:
+            dataset.synthesize(str(tmp_path / "p.txt"), url, "m", concurrency=3, out=str(tmp_path / "out.jsonl"))
+    assert len(asked) < 20 and "secret" not in str(e.value) and len((tmp_path / "out.jsonl").read_text().splitlines()) == 9
+
+
+def test_a_prompt_that_is_refused_holds_up_no_other_and_a_dead_server_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "LONGEST_WAIT", 0)
+    (tmp_path / "p.txt").write_text("\n".join(map(str, range(100))))
+    go = lambda: dataset.synthesize(str(tmp_path / "p.txt"), url, "m", concurrency=3, out=str(tmp_path / "out.jsonl"))
+    with stub_server(lambda prompt, n: (500, {}, b"")) as (url, asked):
+        with pytest.raises(dataset.UserError, match="of 100 prompts have no response, the last for HTTP status 500"):
+            go()
+        assert 80 <= len(asked) <= 8 * 13
+    with stub_server(lambda prompt, n: (400, {}, b"") if prompt == "7" else completion(prompt)) as (url, asked):
+        with pytest.raises(dataset.UserError, match="1 of 100 prompts have no response, the last for HTTP status 400; the same command"):
+            go()
+        assert len(asked) == 100 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 99
+
+
+def test_a_synthesis_leaves_other_files_and_other_processes_alone(tmp_path):
+    for text in ("mine\nall mine", "mine"):
+        (tmp_path / "notes.txt").write_text(text)
+        with pytest.raises(dataset.UserError, match="notes.txt, line 1, is not of --source=synth"):
+            dataset.open_answers(str(tmp_path / "notes.txt"))
+        assert (tmp_path / "notes.txt").read_text() == text
+    file, _ = dataset.open_answers(str(tmp_path / "out.jsonl"))
+    with pytest.raises(dataset.UserError, match="is being written by another process"):
+        dataset.open_answers(str(tmp_path / "out.jsonl"))
+    file.close()
+
+
 def test_files_of_pairs_are_mixed_whole(tmp_path):
     rows = [some_pairs(300, seed) for seed in (1, 2)]
     paths = [write_lines(tmp_path / f"{i}.jsonl", r) for i, r in enumerate(rows)]
@@ -2005,6 +2141,7 @@ def test_plot_draws_whatever_a_log_holds(tmp_path, log):
 # -- mistakes: one line, a non-zero exit, nothing overwritten
 
 T = ["train.py", *FAST]
+SYNTH = ["dataset.py", "--source=synth", "--prompts=t.txt", "--model=m", "--endpoint=http://localhost:1/v1"]
 MISTAKES = {
     "an unknown option": ([*T, "--max_step=3"], "there is no option --max_step; did you mean --max_steps?"),
     "a misspelt recipe": (["train.py", "--recipe=tinny"], "did you mean tiny?"),
@@ -2064,6 +2201,13 @@ MISTAKES = {
     "no good pair": (["dataset.py", "--source=pairs.jsonl,t.txt"], "pairs.jsonl holds pairs; they cannot be mixed with texts"),
     "a cut through pairs": (["dataset.py", "--source=pairs.jsonl", "--val_tokens=100"], "--val_tokens would cut a pair in two"),
     "strictness with a text": (["dataset.py", "--source=t.txt", "--strict"], "--strict is for pairs"),
+    "a server with a text": (["dataset.py", "--source=t.txt", "--endpoint=http://localhost/v1"], "--endpoint goes with --source=synth"),
+    "prompts without a server": (["dataset.py", "--source=synth", "--prompts=t.txt", "--model=m"], "--source=synth needs --endpoint"),
+    "an address that is none": ([*SYNTH, "--endpoint=localhost:1"], "--endpoint must be like http://localhost:8000/v1"),
+    "a key in the address": ([*SYNTH, "--endpoint=http://me:secret@localhost/v1"], "a key goes into OPENAI_API_KEY"),
+    "prompts that are not there": (["dataset.py", "--source=synth", "--prompts=no.txt", "--model=m", "--endpoint=http://localhost:1/v1"], "cannot read no.txt"),
+    "a request that is no JSON": ([*SYNTH, "--request=hot"], "--request=hot must be a JSON object"),
+    "answers onto something else": ([*SYNTH, "--out=pairs.jsonl"], "pairs.jsonl, line 1, is not of --source=synth"),
     "an empty file": (["dataset.py", "--source=empty.txt"], "empty.txt is empty"),
     "a binary file as text": (["dataset.py", "--source=binary.txt", "--tokenizer=byte", "--out=data/new"], "binary.txt is not UTF-8 text"),
     "a blank text": (["dataset.py", "--source=blank.txt", "--tokenizer=byte"], "holds no text"),
