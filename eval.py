@@ -158,21 +158,29 @@ def session(say, chat):
 # -- how good it is
 
 def read_tokens(path, enc, split, limit=None):
-    """The first tokens of a folder of shards, or of a text file, (n,)"""
+    """The first tokens of a folder of shards, or of a file of text or pairs, (n,). Those of pairs carry their flags."""
     if os.path.isdir(path):
         paths, _, manifest = data_loader.find_shards(path, split)
         if manifest and manifest["tokenizer"]["fingerprint"] != dataset.tokenizer_fingerprint(enc):
             raise UserError(f"{path} is in tokenizer {manifest['tokenizer']['name']}, which is not the model's; name the text itself")
         parts = map(dataset.read_shard, paths)
+        if manifest and "template" in manifest:
+            parts = (tokens | dataset.read_mask(p).astype(np.uint32) << 16 for tokens, p in zip(parts, paths))
     else:
-        parts = (dataset.encode_pieces(enc, pieces) for pieces, _ in dataset.open_source(path).read(None))
+        source = dataset.open_source(path)
+        encode = functools.partial(dataset.encode_pairs, enc, dataset.chat_template(enc)) if source.pairs else functools.partial(dataset.encode_pieces, enc)
+        parts = (encode(pieces) for pieces, _ in source.read(None))
     taken, n = [], 0
     while (limit is None or n < limit) and (part := next(parts, None)) is not None:
         taken.append(part)
         n += len(part)
-    tokens = np.concatenate([*taken, np.empty(0, dtype=np.uint16)])[:limit]
-    if len(tokens) and tokens.max() >= enc.n_vocab:
-        raise UserError(f"{path} has token {tokens.max()}, which is outside the model's vocabulary of {enc.n_vocab:,}")
+    tokens = np.concatenate([*taken, np.empty(0, dtype=np.uint16)])
+    if limit is not None and len(tokens) > limit:
+        begins = np.flatnonzero(tokens[:limit + 1] >> 16 == dataset.BEGINS)
+        tokens = tokens[:begins[-1] if len(begins) else limit]  # no pair is cut
+    ids = tokens & dataset.TOKEN
+    if len(ids) and ids.max() >= enc.n_vocab:
+        raise UserError(f"{path} has token {ids.max()}, which is outside the model's vocabulary of {enc.n_vocab:,}")
     return tokens
 
 
@@ -199,6 +207,25 @@ def perplexity(model, tokens, stride, batch=4096):
     return torch.cat(losses)
 
 
+@torch.inference_mode()
+def pair_losses(model, flagged, eot, budget=4096):
+    """Tokens of pairs with their flags -> the losses of the responses and of their ends, each pair alone, and their tokens, both (n,)"""
+    device, T, rows = next(model.parameters()).device, model.cfg.block_size, []
+    for pair in np.split(flagged, np.flatnonzero(flagged >> 16 == dataset.BEGINS)[1:]):
+        kept, flags = data_loader.cut(pair >> 16, T)
+        tokens = np.append(pair[kept] & dataset.TOKEN, eot).astype(np.int64)
+        rows.append((torch.from_numpy(tokens[:-1]), torch.from_numpy(np.where(flags[1:] == dataset.LEARNED, tokens[1:], -1))))
+    rows.sort(key=lambda row: -len(row[0]))
+    losses, learned = [], []
+    while rows:
+        n = max(1, budget // len(rows[0][0]))
+        group, rows = rows[:n], rows[n:]
+        x, y = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill).to(device) for column, fill in zip(zip(*group), (0, -1)))
+        losses.append(hellaswag.token_losses(model, model.hidden(x)[y >= 0], y[y >= 0]))
+        learned.append(y[y >= 0])
+    return torch.cat(losses), torch.cat(learned).cpu()
+
+
 def measure(model, enc, path, split, stride, limit):
     """-> a dict of what the model makes of a text"""
     if stride > model.cfg.block_size:
@@ -206,9 +233,14 @@ def measure(model, enc, path, split, stride, limit):
     tokens = read_tokens(path, enc, split, limit)
     if len(tokens) < 2:
         raise UserError(f"{path} has {len(tokens)} tokens; there is nothing to predict")
-    losses = perplexity(model, tokens, stride)
-    nats, n_bytes = losses.cpu().double().sum().item(), int(dataset.token_bytes(enc)[tokens[1:]].sum())
-    return dict(loss=nats / len(losses), bpb=nats / math.log(2) / n_bytes if n_bytes else math.nan, tokens=len(losses))
+    if (tokens >> 16).any():
+        losses, scored = pair_losses(model, tokens, enc.eot_token)
+        how = "responses, each pair alone"
+    else:
+        losses, scored = perplexity(model, tokens, stride), tokens[1:]
+        how = f"windows of {model.cfg.block_size} overlap by {model.cfg.block_size - stride}"
+    nats, n_bytes = losses.cpu().double().sum().item(), int(dataset.token_bytes(enc)[scored].sum())
+    return dict(loss=nats / len(losses), bpb=nats / math.log(2) / n_bytes if n_bytes else math.nan, tokens=len(losses), how=how)
 
 
 def speed(model, n=64):
@@ -327,7 +359,7 @@ def main():
         m = measure(model, enc, a.perplexity, a.split, stride, a.limit)
         return dataset.say(
             f"{rest['about']} on {a.perplexity}: {m['tokens']:,} tokens, {m['loss']:.4f} nats a token, perplexity {math.exp(m['loss']):.3f}, "
-            f"{m['bpb']:.4f} bits a byte; windows of {model.cfg.block_size} overlap by {model.cfg.block_size - stride}")
+            f"{m['bpb']:.4f} bits a byte; {m['how']}")
     print(rest["about"], file=sys.stderr)
     generator = dice(model, a.seed)
     say = lambda chats: stream_texts(model, enc, [recent(model, enc, template, turns) for turns in chats],

@@ -2009,6 +2009,18 @@ def test_every_token_is_scored_once_with_the_context_a_stride_leaves(stride, n):
     assert speak.perplexity(model, tokens, stride, batch=40).tolist() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("path", ["held.jsonl", "data/pairs-byte"])
+def test_perplexity_of_pairs_is_that_of_their_responses(tuned, path):
+    folder, rows = tuned
+    write_lines(folder / "held.jsonl", rows[::10])
+    model, enc, _ = speak.open_speaker(str(folder / "one4/checkpoints/model_000006.pt"), ".", "cpu", "float32")
+    m = speak.measure(model, enc, str(folder / path), "val", 8, None)
+    assert m["loss"] == pytest.approx(slow_pair_losses(model, rows[::10]), abs=1e-5) and m["loss"] == pytest.approx(losses(folder / "one4", "val")[-1], abs=1e-5)
+    few = speak.measure(model, enc, str(folder / path), "val", 8, 500)
+    whole = sum(n <= 500 for n in np.cumsum([len(p) for p in encoded_pairs(rows[::10])]))
+    assert 1 < whole < 10 and few["loss"] == pytest.approx(slow_pair_losses(model, rows[::10][:whole]), abs=1e-5)
+
+
 def test_perplexity_of_a_text_file_is_that_of_its_tokens(workspace):
     r = script(here("eval.py"), "--perplexity=../../t.txt", "--stride=20", "--limit=500", cwd=workspace / "runs/fp32")
     model, enc, _ = speak.open_speaker(None, str(workspace / "runs/fp32"), "cpu", "auto")
