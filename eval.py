@@ -102,9 +102,10 @@ def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p
 
 
 def recent(model, enc, template, turns):
-    """The tokens of a prompt. A chat loses its oldest turns where they fill more than half of the context."""
-    tokens = dataset.prompt_tokens(enc, template, turns)
-    return tokens if len(turns) == 1 or len(tokens) <= model.cfg.block_size // 2 else recent(model, enc, template, turns[1:])
+    """The tokens of a prompt. A chat first loses its oldest turns, for good, as long as they fill more than half of the context."""
+    while len(tokens := dataset.prompt_tokens(enc, template, turns)) > model.cfg.block_size // 2 and len(turns) > 1:
+        del turns[0]
+    return tokens
 
 
 def print_samples(prompts, say, between):

@@ -4,7 +4,9 @@ python -m pytest -q
 Hermetic: every test makes what it reads, in folders of its own. Those that need the GPT-2 vocabulary, an optional package, or
 a peer's sources (NANOGPT=folder, LLMC=folder) skip, with the reason, where these are not at hand.
 """
+import atexit
 import contextlib
+import functools
 import hashlib
 import http.server
 import importlib.util
@@ -13,11 +15,13 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -61,43 +65,62 @@ needs_transformers = pytest.mark.skipif(not installed("transformers"), reason="n
 
 
 def script(*args, cwd, **env):
-    """Runs `python ...` as a user would."""
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, text=True, capture_output=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    """Runs `python ...` as a user would, but that torch is there already: to import it takes two seconds."""
+    args, env = [str(a) for a in args], {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    if args[0] == "-m" or sys.platform != "linux":
+        return subprocess.run([sys.executable, *args], cwd=cwd, text=True, capture_output=True, timeout=300, env=env)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, name) for name in ("out", "err")]
+        server = warm_python()
+        server.stdin.write(json.dumps([args, str(cwd), env, paths]) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(args, code, *(open(path, encoding="utf-8", errors="replace").read() for path in paths))
+
+
+@functools.cache
+def warm_python():
+    server = subprocess.Popen([sys.executable, "-c", FORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE})
+    atexit.register(server.kill)
+    return server
+
+
+# Starts a process for each line that it reads, and says how it ended. Python's own end would touch, and so copy, all of torch.
+FORK = """
+import atexit, gc, json, os, runpy, signal, sys, threading, traceback
+import torch._dynamo, eval, train
+gc.freeze()
+for line in sys.stdin:
+    if not (pid := os.fork()):
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    sys.exit()
+sys.argv, cwd, env, paths = json.loads(line)
+os.chdir(cwd)
+os.environ.clear()
+os.environ.update(env)
+for fd, path in enumerate([os.devnull, *paths]):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), fd)
+sys.stdin, sys.path[0], code = open(0), os.path.dirname(sys.argv[0]), 0
+signal.alarm(300)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as e:
+    if isinstance(e.code, str):
+        print(e.code, file=sys.stderr)
+    code = 1 if isinstance(e.code, str) else e.code or 0
+except BaseException:
+    code = traceback.print_exc() or 1
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+os._exit(code)
+"""
 
 
 def here(name):
     return os.path.join(HERE, name)
-
-
-def scripts(commands, cwd, **env):
-    """Runs each of many commands as `script` does, but in one process: to import torch takes two seconds."""
-    r = subprocess.run([sys.executable, "-c", RUNNER], cwd=cwd, text=True, capture_output=True, input=json.dumps([[str(a) for a in c] for c in commands]),
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE, **env})
-    assert r.returncode == 0, r.stderr
-    return [subprocess.CompletedProcess(c, *result) for c, result in zip(commands, json.loads(r.stdout.splitlines()[-1]))]
-
-
-RUNNER = """
-import contextlib, gc, io, json, runpy, sys, traceback
-results = []
-for sys.argv in json.load(sys.stdin):
-    code, out, err = 0, *(io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as e:  # as the interpreter does: a text is printed
-            code = 1 if isinstance(e.code, str) else e.code or 0
-            print(e.code if isinstance(e.code, str) else "", file=sys.stderr)
-        except BaseException:
-            code = traceback.print_exc() or 1
-    for stream in (out, err):
-        stream.seek(0)
-    results.append((code, out.read(), err.read()))
-    gc.enable()
-    gc.collect()
-print(json.dumps(results))
-"""
 
 
 def stories(n):
@@ -1495,7 +1518,7 @@ def tuned(tmp_path_factory):
     """The same fine-tuning on one process and on two, in micro-batches of several sizes.  -> the folder, and the pairs"""
     folder, rows = tmp_path_factory.mktemp("tuned"), [r for r in some_pairs(300) if len(r["prompt"] + r["response"]) < 230]
     write_lines(folder / "pairs.jsonl", rows)
-    done = scripts([[here("train.py"), *TUNED, f"--micro_batch={B}", f"--out_dir=one{B}"] for B in (1, 2, 4)], cwd=folder)
+    done = [script(here("train.py"), *TUNED, f"--micro_batch={B}", f"--out_dir=one{B}", cwd=folder) for B in (1, 2, 4)]
     done += [torchrun(2, *TUNED, f"--micro_batch={B}", f"--out_dir=two{B}", cwd=folder) for B in (1, 2)]
     for r in done:
         assert r.returncode == 0, r.stderr
@@ -1574,10 +1597,10 @@ def chat(workspace):
     """A model with a tokenizer of its own, fine-tuned, the last step of it resumed.  -> the processes"""
     base = ["--tokenizer=bpe:300", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=128", "--total_batch_size=256", "--max_steps=4", "--device=cpu"]
     tune = ["--recipe=sft", "--init_from=chat/base/checkpoints/model_000004.pt", "--data=pairs.jsonl", "--total_batch_size=256", "--max_steps=4", "--max_lr=1e-2"]
-    done = scripts([
+    done = [script(*command, cwd=workspace) for command in (
         [here("train.py"), "--data=t.txt", *base, "--hella_interval=0", "--out_dir=chat/base"],
         [here("train.py"), *tune, "--ckpt_interval=3", "--sample_interval=4", "--sample_prompt=Who is it?", "--out_dir=chat/tuned"],
-        [here("train.py"), "--resume=chat/tuned/checkpoints/model_000003.pt", "--out_dir=chat/again"]], cwd=workspace)
+        [here("train.py"), "--resume=chat/tuned/checkpoints/model_000003.pt", "--out_dir=chat/again"])]
     for r in done:
         assert r.returncode == 0, r.stderr
     return done
@@ -1713,7 +1736,7 @@ def recipes(tmp_path_factory):
         [here("train.py"), f"--resume={name}/checkpoints/model_000003.pt", f"--out_dir={name}/again"],
         [here("eval.py"), f"--ckpt={name}/checkpoints/model_000005.pt", "--prompt=Once", "--max_new_tokens=5"],
         [here("train.py"), f"--recipe={name}", "--dry_run"])]
-    done = scripts(commands, cwd=folder)
+    done = [script(*command, cwd=folder) for command in commands]
     for r in done:
         assert r.returncode == 0, (r.args, r.stderr)
     return folder, {name: done[4 * i:4 * i + 4] for i, name in enumerate(train.RECIPES)}
@@ -1875,6 +1898,35 @@ def test_out_of_memory_tries_smaller_micro_batches_and_then_says_what_helps(monk
         fit()
 
 
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes six minutes: SLOW=1")
+def test_the_readmes_walk_through_teaches_opposites_and_a_teacher_helps(tmp_path):
+    with open(here("README.md"), encoding="utf-8") as f:
+        section = f.read().split("\n**A walk through it**")[1].split("\n## ")[0]
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", section, re.S)
+    made = {}
+    for kind, block in blocks:
+        if kind == "python":
+            subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)
+            exec(block.split("pairs =")[0], made)
+        for line in block.splitlines() if kind == "sh" else ():
+            command = shlex.split(line, comments=True)[1:]
+            if "--source=synth" not in command:
+                r = subprocess.run([sys.executable, here(command[0]), *command[1:]], cwd=tmp_path, text=True, capture_output=True)
+                assert r.returncode == 0, r.stderr
+    right = dict(base=0, tuned=0)
+    for run in right:
+        model, enc, rest = speak.open_speaker(None, str(tmp_path / run), "cpu", "auto")
+        for i, word in enumerate(made["words"]):
+            prompt = made["asks"][i % 6].format(word)
+            assert not any(prompt in line for line in open(tmp_path / "opposites.jsonl"))
+            rows = [dataset.prompt_tokens(enc, rest["template"], [(prompt, None)])]
+            said = "".join(p for p, in speak.stream_texts(model, enc, rows, 20, 0, None, None, None))
+            right[run] += said.strip() == f"The opposite of {word} is {made['words'][i ^ 1]}."
+    alone, taught = (losses(tmp_path / run, "val")[-1] for run in ("alone", "taught"))
+    print(right, "of", len(made["words"]), "right; validation loss", alone, "alone,", taught, "with a teacher")
+    assert right["base"] < 0.05 * len(made["words"]) and right["tuned"] > 0.9 * len(made["words"]) and taught < alone - 0.05
+
+
 # -- eval.py, hellaswag.py, plot.py
 
 def test_generate_text_is_importable_and_repeats_with_a_seed(workspace):
@@ -1955,6 +2007,7 @@ def test_a_long_chat_loses_its_oldest_turns_first(chat, workspace):
     tokens = speak.recent(model, enc, rest["template"], turns)
     kept = enc.decode(tokens).split(dataset.EOT)[1:]
     assert 40 < len(tokens) <= 64 and kept[-1].startswith("User:\nand?") and [k[6] for k in kept[:-1]] == [str(i) for i in range(10 - len(kept), 9)]
+    assert len(turns) == len(kept)
     assert speak.recent(model, enc, rest["template"], [("long " * 99, None)]) == dataset.prompt_tokens(enc, rest["template"], [("long " * 99, None)])
 
 
@@ -2271,7 +2324,7 @@ def mistakes(workspace):
     torch.save({}, workspace / "hf/pytorch_model.bin")
     (workspace / "hf/config.json").write_text("{}")
     before = tree(workspace)
-    done = scripts([[here(args[0]), *args[1:]] for args, _ in MISTAKES.values()], cwd=workspace, HF_HUB_OFFLINE="1")
+    done = [script(here(args[0]), *args[1:], cwd=workspace, HF_HUB_OFFLINE="1") for args, _ in MISTAKES.values()]
     return dict(zip(MISTAKES, done)), before, tree(workspace)
 
 
