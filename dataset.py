@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import email.utils
 import gc
 import glob
 import hashlib
@@ -167,6 +168,7 @@ def encode_chat(enc, template, turns):
 def prompt_tokens(enc, template, turns):
     """The tokens after which a model is to go on: of a chat, or without a template of a bare text, the last turn's prompt."""
     if template:
+        turns = [(prompt.strip(), response) for prompt, response in turns]  # as the pairs were
         return (encode_chat(enc, template, turns) & TOKEN).tolist()
     return [enc.eot_token, *enc.encode_ordinary(turns[-1][0])]
 
@@ -473,6 +475,8 @@ def open_source(spec, column=None, doc_sep=None):
     stem = os.path.splitext(os.path.basename(spec))[0]
     name = re.sub(r"[^\w.-]+", "", stem) or os.path.basename(os.path.dirname(os.path.abspath(spec)))
     kinds = {os.path.splitext(p)[1].lower() for p in paths}
+    if ".json" in kinds:
+        raise UserError(f"{spec} is JSON in one piece; write one object a line, as .jsonl")
     pairs = paths if kinds == {".jsonl"} and not column and holds_pairs(paths[0]) else None
     if kinds & {".jsonl", ".parquet"}:
         if len(kinds) > 1:
@@ -620,13 +624,14 @@ def parse_pair(line):
         messages = row["messages"]
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise ValueError("messages is not a list of messages")
-        system = messages[0].get("content") if messages and messages[0].get("role") == "system" else None
-        messages = messages[system is not None:]
+        has_system = messages and messages[0].get("role") == "system"
+        system = text_of(messages[0], "content", needed=False) if has_system else ""
+        messages = messages[1:] if has_system else messages
         roles = [m.get("role") for m in messages]
         if len(roles) < 2 or roles != (["user", "assistant"] * len(roles))[:len(roles)]:
             raise ValueError("messages are not a user's and an assistant's in turn")
         texts = [text_of(m, "content") for m in messages[:len(roles) // 2 * 2]]  # a last question without an answer teaches nothing
-        texts[0] = f"{system or ''}\n\n{texts[0]}".strip()
+        texts[0] = f"{system}\n\n{texts[0]}".strip()
         return "messages", list(zip(texts[::2], texts[1::2]))
     if "instruction" in row:
         return "instruction, input, output", [(prompt_of(row), text_of(row, "output"))]
@@ -634,30 +639,37 @@ def parse_pair(line):
 
 
 def prompt_of(row):
-    return f"{text_of(row, 'instruction')}\n\n{row.get('input') or ''}".strip() if "instruction" in row else text_of(row, "prompt")
+    return f"{text_of(row, 'instruction')}\n\n{text_of(row, 'input', needed=False)}".strip() if "instruction" in row else text_of(row, "prompt")
 
 
-def text_of(row, key):
+def text_of(row, key, needed=True):
     """The text under a key, without white space around it"""
+    if row.get(key) is None and not needed:
+        return ""
     if key not in row:
         raise ValueError(f"no {key}")
     if not isinstance(row[key], str):
         raise ValueError(f"{key} is not text")
-    if not row[key].strip():
+    if needed and not row[key].strip():
         raise ValueError(f"empty {key}")
     return row[key].strip()
 
 
 def holds_pairs(path):
-    """Whether one of the first lines is a pair"""
+    """Whether one of the first lines is a pair, or is meant to be one"""
     with open_source_file(path) as f:
         for line in itertools.islice(f, 100):
-            with contextlib.suppress(ValueError):
+            try:
                 return bool(parse_pair(line))
+            except ValueError:
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and "text" not in row and row.keys() & {"messages", "instruction", "prompt"}:
+                        return True
     return False
 
 
-def check_pairs(paths, strict):
+def check_pairs(paths, strict=False):
     """Says what the files hold, and which lines are no pairs: they are left out, or the first of them is the end."""
     for path in paths:
         kinds, wrong = Counter(), defaultdict(list)
@@ -670,10 +682,12 @@ def check_pairs(paths, strict):
                     if strict:
                         raise UserError(f"{path}, line {number}: {e}; without --strict such lines are left out") from None
                     wrong[str(e)].append(number)
-        say(f"{path}: " + (", ".join(f"{n:,} pairs ({kind})" for kind, n in kinds.items()) or "no pairs"))
         for why, numbers in wrong.items():
             more = f" and {len(numbers) - 20:,} more" if len(numbers) > 20 else ""
             say(f"{path}: {why}: left out, {len(numbers):,} line{'s' * (len(numbers) > 1)}: {', '.join(map(str, numbers[:20]))}{more}")
+        if not kinds:
+            raise UserError(f"{path} holds no pair; its first line: {next(iter(wrong))}" if wrong else f"{path} is blank")
+        say(f"{path}: " + ", ".join(f"{n:,} pairs ({kind})" for kind, n in kinds.items()))
 
 
 def read_pairs(paths, state):
@@ -768,8 +782,8 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column=None, doc_sep
     if val_tokens is None and not splits and not pairs and about > 20 * shard_tokens:
         val_tokens = shard_tokens
     fingerprint = ",".join(s.fingerprint or "" for s in sources).strip(",") or None
-    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer if isinstance(tokenizer, str) else tokenizer["name"], column=column or "text",
-                    doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
+    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer if isinstance(tokenizer, str) else tokenizer["name"], column=None if pairs else column or "text", doc_sep=doc_sep,
+                    shard_tokens=shard_tokens, val_tokens=val_tokens,
                     weights=[s.weight for s in sources] if len(sources) > 1 else None, max_bytes=max_bytes, splits=splits)
     if isinstance(tokenizer, str) and bpe_size(tokenizer):
         settings.update(special=list(special), bpe_bytes=bpe_bytes)
@@ -1001,12 +1015,14 @@ def synthesize(prompts, endpoint, model, request=None, concurrency=None, out=Non
         if not value:
             raise UserError(f"--source=synth needs --{name}")
     out, concurrency = out or os.path.join("data", "synth.jsonl"), 8 if concurrency is None else concurrency
+    if not out.lower().endswith(".jsonl"):
+        raise UserError(f"--out={out} must be a file of pairs, .jsonl")
     if not 1 <= concurrency <= 1000:
         raise UserError(f"--concurrency={concurrency} is not from 1 to 1,000")
     try:
-        body = json.loads(request or "{}")
-        body.update(model=model, messages=list(body.get("messages", [])))
-    except (ValueError, AttributeError, TypeError):
+        extra = json.loads(request or "{}")
+        body = {**extra, "model": model, "messages": list(extra.get("messages", []))}
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(f"--request={request} must be a JSON object, {{\"temperature\": 0.7}} say") from None
     try:
         url = urllib.parse.urlsplit(endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions")
@@ -1020,84 +1036,107 @@ def synthesize(prompts, endpoint, model, request=None, concurrency=None, out=Non
         raise UserError(f"{KEY} holds a character that no key has")
 
     wanted = read_prompts(prompts)
-    file, answered = open_answers(out)
-    missing = [p for p in wanted if p not in answered]
-    todo, refused, in_a_row, shown, started = deque(missing), {}, 0, 0, time.monotonic()
-    say(f"{out}: {len(wanted) - len(missing):,} of {len(wanted):,} prompts have their response")
+    file, answered = open_answers(out, model)
+    todo, running = deque(p for p in wanted if p not in answered), {}
+    say(f"{out}: {len(wanted) - len(todo):,} of {len(wanted):,} prompts have their response")
+    n, failed_in_a_row, last, shown, started = len(todo), 0, "", 0, time.monotonic()
     stop, calm = threading.Event(), [0.0]  # calm: when the server, by its own word, may be asked again
 
-    def keep(prompt, text, finish):
-        row = dict(prompt=prompt, response=text, model=model, endpoint=url.geturl(), finish_reason=finish, time=int(time.time()))
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-        file.flush()
-        os.fsync(file.fileno())
+    def collect(futures):
+        """Puts the responses that have come into the file."""
+        nonlocal failed_in_a_row, last
+        for future in futures:
+            prompt, (text, why, failed) = running.pop(future), future.result()
+            if text is None:
+                last = why
+                failed_in_a_row += failed
+                say(f"no response to {prompt[:60]!r}: {why}")
+                continue
+            row = dict(prompt=prompt, response=text, model=model, endpoint=url.geturl(), finish_reason=why, time=int(time.time()), request=extra)
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
+            answered.add(prompt)
+            failed_in_a_row = 0
 
-    running = {}
-    with file, ThreadPoolExecutor(concurrency) as pool:
-        try:
-            while todo or running:
-                while todo and len(running) < concurrency:
-                    prompt = todo.popleft()
-                    full = {**body, "messages": [*body["messages"], {"role": "user", "content": prompt}]}
-                    running[pool.submit(ask, url.geturl(), key, full, stop, calm)] = prompt
-                for future in wait(running, return_when=FIRST_COMPLETED)[0]:
-                    prompt, (text, why) = running.pop(future), future.result()
-                    if text:
-                        keep(prompt, text, why)
-                        in_a_row = 0
-                    else:
-                        refused[prompt] = why
-                        in_a_row += 1
-                if in_a_row >= GIVEN_UP:
-                    break
-                left, seconds = len(todo) + len(running), time.monotonic() - started
-                if sys.stdout.isatty() or seconds - shown > 10:
-                    shown, rate = seconds, (len(missing) - left) / seconds
-                    say(f"{len(wanted) - left:,}/{len(wanted):,} prompts, {rate:.1f}/s, {clock(left / rate)} left", again=True)
-        finally:
-            stop.set()
-            for future, prompt in running.items():  # what is on its way was asked for
-                if not future.exception() and future.result()[0]:
-                    keep(prompt, *future.result())
-    if lacking := len(refused) + len(todo):
-        raise UserError(f"{lacking:,} of {len(wanted):,} prompts have no response, the last for {list(refused.values())[-1]}; "
-                        "the same command asks for them again")
+    try:
+        with file, ThreadPoolExecutor(concurrency) as pool:
+            try:
+                while (todo or running) and failed_in_a_row < GIVEN_UP:
+                    while todo and len(running) < concurrency:
+                        prompt = todo.popleft()
+                        messages = [*body["messages"], {"role": "user", "content": prompt}]
+                        running[pool.submit(ask, url.geturl(), key, {**body, "messages": messages}, stop, calm)] = prompt
+                    collect(wait(running, timeout=1, return_when=FIRST_COMPLETED)[0])
+                    left, seconds = len(todo) + len(running), time.monotonic() - started
+                    if sys.stdout.isatty() or seconds - shown > 10:
+                        shown, rate, pause = seconds, (n - left) / seconds, calm[0] - time.monotonic()
+                        ahead = f", {clock(left / rate)} left" * (rate > 0) if pause < 1 else f"; the server asks for {clock(pause)} of patience"
+                        say(f"{len(wanted) - left:,}/{len(wanted):,} prompts, {rate:.1f}/s{ahead}", again=True)
+            except KeyboardInterrupt:
+                say(f"stopping: {len(running)} responses are on their way; Ctrl-C again drops them")
+                raise
+            finally:
+                stop.set()
+                while running:
+                    try:
+                        collect(wait(running, return_when=FIRST_COMPLETED)[0])
+                    except UserError:  # the one that is being raised, once more
+                        pass
+                    except KeyboardInterrupt:
+                        os._exit(130)
+    except OSError as e:
+        raise UserError(f"cannot write {out}: {e.strerror or e}; the same command goes on from what is there") from None
+    if lacking := sum(p not in answered for p in wanted):
+        raise UserError(f"{lacking:,} of {len(wanted):,} prompts have no response, the last for {last}; the same command asks for them again")
     say(f"{out}: {len(wanted):,} pairs; python train.py --recipe=sft --init_from=MODEL --data={out} learns them")
 
 
 def ask(url, key, body, stop, calm):
-    """-> the response and why it ended, or None and why there is none. It waits and tries again where that may help."""
+    """
+    -> the response, why it ended, and False; or None, why there is none, and whether that is for the server to mend. Waits and
+    tries again where that may help.
+    """
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    why = "a stop"
-    for attempt in range(TRIES):
-        while not stop.is_set() and (left := calm[0] - time.monotonic()) > 0:
+    tries, until, why = 0, 0.0, "a stop"
+    while tries < TRIES and not stop.is_set():
+        if (left := max(until, calm[0]) - time.monotonic()) > 0:
             stop.wait(left)
-        if stop.is_set():
-            break
-        seconds = min(LONGEST_WAIT, 2**attempt) * random.uniform(0.5, 1)
+            continue
+        tries, seconds = tries + 1, min(LONGEST_WAIT, 2**tries) * random.uniform(0.5, 1)
         try:
             with OPENER.open(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=TIMEOUT) as response:
                 choice = json.load(response)["choices"][0]
             if (choice["message"]["content"] or "").strip():
-                return choice["message"]["content"].strip(), choice.get("finish_reason")
+                return choice["message"]["content"].strip(), choice.get("finish_reason"), False
             why = "an empty response"
         except urllib.error.HTTPError as e:
-            why, said = f"HTTP status {e.code}", e.headers.get("Retry-After", "")
+            why = f"HTTP status {e.code}"
             if e.code in (401, 403):
                 raise UserError(f"{url} " + (f"does not take the key in {KEY}" if key else f"wants a key; set {KEY}")) from None
             if e.code < 400 or e.code == 404:
                 raise UserError(f"{url} has no model {body['model']}, or is not the server's address ({why})") from None
-            if e.code < 500 and e.code not in (408, 409, 425, 429):  # this prompt will not be answered
-                break
-            if e.code in (429, 503):  # and so for all the others
-                seconds = float(said) if re.fullmatch(r"\d+(\.\d+)?", said) else seconds
-                calm[0] = max(calm[0], time.monotonic() + seconds)
+            if e.code < 500 and e.code not in (408, 409, 425, 429):
+                return None, why, False
+            if (said := retry_after(e.headers)) is not None:  # to wait as told is no failure
+                tries, seconds = tries - 1, said * random.uniform(1, 1.5)
+                calm[0] = max(calm[0], time.monotonic() + said)
         except (OSError, http.client.HTTPException) as e:
-            why = str(getattr(e, "reason", None) or e or type(e).__name__)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            why = str(getattr(e, "reason", e)) or type(e).__name__
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             why = "an answer that is no chat completion"
-        stop.wait(seconds)
-    return None, why
+        until = time.monotonic() + seconds
+    return None, why, not stop.is_set()
+
+
+def retry_after(headers):
+    """How many seconds a server asks to wait, an hour at most; it may also name a time. None where it does not say."""
+    said = headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(said) if re.fullmatch(r"[\d.]+", said) else email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), 3600.0)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -1118,15 +1157,16 @@ def read_prompts(path):
             try:
                 if line.strip():
                     text = line.decode("utf-8-sig")
-                    prompts.append(prompt_of(json.loads(text)) if path.endswith(".jsonl") else text.strip())
-            except (ValueError, TypeError, AttributeError) as e:
+                    text = prompt_of(json.loads(text)) if path.lower().endswith(".jsonl") else text.strip()
+                    prompts.append(text.encode("utf-8", "replace").decode())  # half a surrogate pair can be neither sent nor stored
+            except (ValueError, TypeError, AttributeError, RecursionError) as e:
                 raise UserError(f"{path}, line {number}: no prompt ({str(e)[:60]})") from None
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return list(dict.fromkeys(prompts))
 
 
-def open_answers(path):
+def open_answers(path, model):
     """-> the file, for appending and for no other process, and the prompts that it answers. A line cut off by a kill is removed."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -1139,21 +1179,22 @@ def open_answers(path):
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from None
     file.seek(0)
-    answered, end = set(), 0
+    answered, end, line = set(), 0, b"\n"
     for number, line in enumerate(file, 1):
         try:
             row = json.loads(line)
-            answered.add((row["prompt"], row["response"], row["model"])[0])
-        except (ValueError, KeyError, TypeError):
+            if row["model"] != model:
+                raise UserError(f"{path} has responses of {row['model']}; choose another --out for {model}")
+            answered.add((row["prompt"], row["response"])[0])
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             begun = b'{"prompt": '
-            if line.endswith(b"\n") or line[:len(begun)] != begun[:len(line)]:
+            if not isinstance(e, ValueError) or line.endswith(b"\n") or line[:len(begun)] != begun[:len(line)]:
                 raise UserError(f"{path}, line {number}, is not of --source=synth; choose another --out") from None
+            file.truncate(end)
             break
         end += len(line)
-    if end and not line.endswith(b"\n") and end == file.tell():
-        file.write(b"\n")
     else:
-        file.truncate(end)
+        file.write(b"\n" * (not line.endswith(b"\n")))
     return file, answered
 
 
@@ -1247,7 +1288,7 @@ def main():
                    "several, separated by commas, are mixed (%(default)s)")
     p.add_argument("--weights", type=numbers, help="tokens of each source of a mix, relative to the others: 3,1 (equal)")
     p.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (gpt2)")
-    p.add_argument("--out", help="folder for the shards (data/NAME)")
+    p.add_argument("--out", help="folder for the shards (data/NAME); of synth, the file of pairs (data/synth.jsonl)")
     p.add_argument("--column", help="the column with the text, in tables (text); named, no .jsonl is taken for pairs")
     p.add_argument("--doc_sep", help=r"what separates the documents of a text file, \n for a newline (blank lines)")
     p.add_argument("--max_bytes", type=integer, help="stop with the document, or the part of a long one, that reaches this much text (all of it)")
@@ -1268,6 +1309,8 @@ def main():
     a = vars(p.parse_args())
     asked = {k: a.pop(k) for k in ("prompts", "endpoint", "model", "request", "concurrency")}
     if a["source"] == "synth":
+        if other := [k for k, v in a.items() if k not in ("source", "out") and v != p.get_default(k)]:
+            raise UserError(f"--{other[0]} is not for --source=synth, which only asks; name its file as the --source of another command")
         return synthesize(out=a["out"], **asked)
     if given := [k for k, v in asked.items() if v is not None]:
         raise UserError(f"--{given[0]} goes with --source=synth")

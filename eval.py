@@ -169,7 +169,10 @@ def read_tokens(path, enc, split, limit=None):
             parts = (tokens | dataset.read_mask(p).astype(np.uint32) << 16 for tokens, p in zip(parts, paths))
     else:
         source = dataset.open_source(path)
-        encode = functools.partial(dataset.encode_pairs, enc, dataset.chat_template(enc)) if source.pairs else functools.partial(dataset.encode_pieces, enc)
+        if source.pairs:
+            dataset.check_pairs(source.pairs)
+        template = dataset.chat_template(enc)
+        encode = lambda pieces: dataset.encode_pairs(enc, template, pieces) if source.pairs else dataset.encode_pieces(enc, pieces)
         parts = (encode(pieces) for pieces, _ in source.read(None))
     taken, n = [], 0
     while (limit is None or n < limit) and (part := next(parts, None)) is not None:
@@ -178,6 +181,8 @@ def read_tokens(path, enc, split, limit=None):
     tokens = np.concatenate([*taken, np.empty(0, dtype=np.uint16)])
     if limit is not None and len(tokens) > limit:
         begins = np.flatnonzero(tokens[:limit + 1] >> 16 == dataset.BEGINS)
+        if len(begins) == 1:
+            raise UserError(f"--limit={limit} is less than the first pair of {path}")
         tokens = tokens[:begins[-1] if len(begins) else limit]  # no pair is cut
     ids = tokens & dataset.TOKEN
     if len(ids) and ids.max() >= enc.n_vocab:
@@ -293,9 +298,9 @@ def half(model):
 # -- for others
 
 # What encode_chat does, in the language of transformers' templates.
-JINJA = """{% if messages[0].role == 'system' %}{% set system, messages = messages[0].content.strip() + '\n\n', messages[1:] %}\
+JINJA = """{% if messages[0].role == 'system' %}{% set system, messages = messages[0].content.strip(), messages[1:] %}\
 {% else %}{% set system = '' %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}\
-{{ bos_token + USER + (system if loop.first else '') + m.content.strip() }}{% else %}{{ ASSISTANT + m.content.strip() }}{% endif %}{% endfor %}\
+{{ bos_token + USER + (system + '\n\n' if system and loop.first else '') + m.content.strip() }}{% else %}{{ ASSISTANT + m.content.strip() }}{% endif %}{% endfor %}\
 {{ ASSISTANT if add_generation_prompt else eos_token }}"""
 
 
@@ -324,7 +329,7 @@ def main():
     p.add_argument("--top_p", type=float, help="choose among the likeliest that make up this probability (%(default)s)")
     p.add_argument("--stop", action="append", help="a text ends before this string; may be given several times")
     p.add_argument("--seed", type=int, help="for the same text again")
-    p.add_argument("--perplexity", metavar="DATA", help="measure the model on a text file, or a folder of shards")
+    p.add_argument("--perplexity", metavar="DATA", help="measure the model on a file of text or pairs, or a folder of shards")
     p.add_argument("--split", default="val", help="of such a folder (%(default)s)")
     p.add_argument("--stride", type=int, help="tokens from one window to the next (half of the context)")
     p.add_argument("--compare", nargs="+", metavar="MODEL", help="print one table of several: checkpoints, folders of runs, Hugging Face models")

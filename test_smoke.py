@@ -6,6 +6,7 @@ a peer's sources (NANOGPT=folder, LLMC=folder) skip, with the reason, where thes
 """
 import atexit
 import contextlib
+import email.utils
 import functools
 import hashlib
 import http.server
@@ -233,6 +234,8 @@ def test_a_document_cannot_see_another_that_shares_its_row(switches, attention):
     for document, logits in zip(documents, packed):
         torch.testing.assert_close(logits, model(document[None], document[None])[0][0], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(torch.cat(packed), model(row, row)[0][0], atol=1e-2)
+    model.train().grad_checkpoint = True
+    assert torch.equal(model(row, row, number)[0][0], torch.cat(packed))
 
 
 def test_weight_decay_takes_matrices_and_leaves_biases_and_norms():
@@ -919,7 +922,8 @@ def test_no_more_than_a_few_batches_wait_in_memory(tmp_path, monkeypatch):
 PAIR_LINES = {
     "prompt and response": (dict(prompt=" Hi\n", response="Hello."), [("Hi", "Hello.")]),
     "alpaca": (dict(instruction="Add.", input="1 and 2", output="3", text="Add 1 and 2: 3"), [("Add.\n\n1 and 2", "3")]),
-    "alpaca without an input": (dict(instruction="Sing.", input="", output="La."), [("Sing.", "La.")]),
+    "alpaca without an input": (dict(instruction="Sing.", input=None, output="La."), [("Sing.", "La.")]),
+    "chat with an empty system": (dict(messages=[dict(role="system", content=" "), dict(role="user", content="Hi"), dict(role="assistant", content="Hello.")]), [("Hi", "Hello.")]),
     "chat": (dict(messages=[dict(role="user", content="Hi"), dict(role="assistant", content="Hello.")]), [("Hi", "Hello.")]),
     "chat with a system, two turns and a question left open": (
         dict(prompt="Hi", messages=[dict(role=r, content=c) for r, c in zip(("system", "user", "assistant", "user", "assistant", "user"), ("Be kind.", "Hi", "Hello.", "Bye", "See you.", "?"))]),
@@ -930,6 +934,8 @@ BAD_LINES = {
     "empty response": b'{"prompt": "Hi", "response": " \\n"}', "prompt is not text": b'{"prompt": 3, "response": "x"}', "no output": b'{"instruction": "Hi"}',
     "no prompt": b'{"text": "Hi"}', "no content": b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}',
     "messages are not a user's and an assistant's in turn": b'{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
+    "input is not text": b'{"instruction": "a", "input": [1], "output": "b"}', "content is not text": b'{"messages": [{"role": "system", "content": ["s"]}]}',
+    "messages is not a list of messages": b'{"messages": "a"}',
 }
 CHATTY = {"name": "bpe:260", "merges": [["l", "l"]], "special": [dataset.EOT, "<|user|>", "<|assistant|>"]}
 
@@ -1104,47 +1110,90 @@ def test_a_failing_server_is_asked_until_it_answers_and_nothing_twice(tmp_path, 
     assert set(tries.values()) == {5} and len((tmp_path / "out.jsonl").read_text().splitlines()) == 32
 
 
-def test_a_server_that_says_how_long_to_wait_is_left_alone_that_long(tmp_path):
+@pytest.mark.parametrize("said", ["1", "in a second"])
+def test_a_server_that_says_how_long_to_wait_is_left_alone_that_long(tmp_path, said):
     (tmp_path / "p.txt").write_text("\n".join(map(str, range(12))))
-    with stub_server(lambda prompt, n: (429, {"Retry-After": "1"}, b"") if n <= 4 else completion(prompt)) as (url, asked):
+
+    def answer(prompt, n):
+        when = said if said == "1" else email.utils.formatdate(time.time() + 2, usegmt=True)  # which has no fractions
+        time.sleep(0.05)
+        return (429, {"Retry-After": when}, b"") if n == 1 else completion(prompt)
+
+    with stub_server(answer) as (url, asked):
         dataset.synthesize(str(tmp_path / "p.txt"), url, "m", concurrency=4, out=str(tmp_path / "out.jsonl"))
-    assert len(asked) == 16 and asked[4][2] - asked[0][2] > 0.95
+    times = [at - asked[0][2] for _, _, at, _ in asked]
+    assert len(times) == 13 and not [t for t in times if 0.5 < t < 0.95] and times[-1] > 0.95 and sum(t < 0.5 for t in times) <= 7
+
+
+def test_a_server_that_asks_for_patience_again_and_again_is_not_given_up(tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(map(str, range(3))))
+    with stub_server(lambda prompt, n: (503, {"Retry-After": "0.01"}, b"") if n < 60 else completion(prompt)) as (url, asked):
+        dataset.synthesize(str(tmp_path / "p.txt"), url, "m", concurrency=2, out=str(tmp_path / "out.jsonl"))
+    assert len(asked) == 62
 
 
 @pytest.mark.parametrize("status, said", [(401, "does not take the key in OPENAI_API_KEY"), (404, "has no model m"), (302, "is not the server's address")])
-def test_what_cannot_get_better_ends_a_synthesis_at_once(tmp_path, monkeypatch, status, said):
+def test_what_cannot_get_better_ends_a_synthesis_but_what_was_on_its_way_is_kept(tmp_path, monkeypatch, status, said):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     (tmp_path / "p.txt").write_text("\n".join(map(str, range(100))))
-    with stub_server(lambda prompt, n: completion(prompt) if n < 10 else (status, {"Location": "http://127.0.0.1:9/"}, b"sk-secret")) as (url, asked):
+
+    def answer(prompt, n):
+        if n == 10:
+            return status, {"Location": "http://127.0.0.1:9/"}, b"sk-secret"
+        time.sleep(0.3 * (n in (9, 11)))
+        return completion(prompt)
+
+    with stub_server(answer) as (url, asked):
         with pytest.raises(dataset.UserError, match=said) as e:
             dataset.synthesize(str(tmp_path / "p.txt"), url, "m", concurrency=3, out=str(tmp_path / "out.jsonl"))
-    assert len(asked) < 20 and "secret" not in str(e.value) and len((tmp_path / "out.jsonl").read_text().splitlines()) == 9
+    assert 10 <= len(asked) < 20 and "secret" not in str(e.value) and len((tmp_path / "out.jsonl").read_text().splitlines()) == len(asked) - 1
 
 
-def test_a_prompt_that_is_refused_holds_up_no_other_and_a_dead_server_is_given_up(tmp_path, monkeypatch):
+def test_prompts_that_are_refused_hold_up_no_other_and_a_dead_server_is_given_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dataset, "LONGEST_WAIT", 0)
     (tmp_path / "p.txt").write_text("\n".join(map(str, range(100))))
     go = lambda: dataset.synthesize(str(tmp_path / "p.txt"), url, "m", concurrency=3, out=str(tmp_path / "out.jsonl"))
     with stub_server(lambda prompt, n: (500, {}, b"")) as (url, asked):
-        with pytest.raises(dataset.UserError, match="of 100 prompts have no response, the last for HTTP status 500"):
+        with pytest.raises(dataset.UserError, match="^100 of 100 prompts have no response, the last for HTTP status 500"):
             go()
         assert 80 <= len(asked) <= 8 * 13
-    with stub_server(lambda prompt, n: (400, {}, b"") if prompt == "7" else completion(prompt)) as (url, asked):
-        with pytest.raises(dataset.UserError, match="1 of 100 prompts have no response, the last for HTTP status 400; the same command"):
+    with stub_server(lambda prompt, n: (400, {}, b"") if int(prompt) < 20 else (500, {}, b"") if int(prompt) % 2 else completion(prompt)) as (url, asked):
+        with pytest.raises(dataset.UserError, match="^60 of 100 prompts have no response, .*; the same command"):
             go()
-        assert len(asked) == 100 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 99
+        assert len(asked) == 20 + 40 + 40 * 8 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 40
+    said = capsys.readouterr().out
+    assert "no response to '7': HTTP status 400\n" in said and "no response to '21': HTTP status 500\n" in said
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_asked_once(tmp_path):
+    write_lines(tmp_path / "p.jsonl", [b'{"prompt": "smile \\ud83d"}'])
+    with stub_server(lambda prompt, n: completion(prompt)) as (url, asked):
+        for _ in range(2):
+            dataset.synthesize(str(tmp_path / "p.jsonl"), url, "m", out=str(tmp_path / "out.jsonl"))
+    assert len(asked) == 1
 
 
 def test_a_synthesis_leaves_other_files_and_other_processes_alone(tmp_path):
-    for text in ("mine\nall mine", "mine"):
-        (tmp_path / "notes.txt").write_text(text)
-        with pytest.raises(dataset.UserError, match="notes.txt, line 1, is not of --source=synth"):
-            dataset.open_answers(str(tmp_path / "notes.txt"))
-        assert (tmp_path / "notes.txt").read_text() == text
-    file, _ = dataset.open_answers(str(tmp_path / "out.jsonl"))
+    answer = '{"prompt": "a", "response": "b", "model": "m"}'
+    for text, why in (("mine\nall mine", "line 1, is not of"), ("mine", "line 1, is not of"), ('{"prompt": "mine", "response": "by hand"}', "line 1, is not of"),
+                      (answer + "\n" + answer.replace('"m"', '"other"'), "has responses of other")):
+        (tmp_path / "notes.jsonl").write_text(text)
+        with pytest.raises(dataset.UserError, match=why):
+            dataset.open_answers(str(tmp_path / "notes.jsonl"), "m")
+        assert (tmp_path / "notes.jsonl").read_text() == text
+    (tmp_path / "out.jsonl").write_text(answer)  # its newline was not written any more
+    file, answered = dataset.open_answers(str(tmp_path / "out.jsonl"), "m")
     with pytest.raises(dataset.UserError, match="is being written by another process"):
-        dataset.open_answers(str(tmp_path / "out.jsonl"))
+        dataset.open_answers(str(tmp_path / "out.jsonl"), "m")
     file.close()
+    assert answered == {"a"} and (tmp_path / "out.jsonl").read_text() == answer + "\n"
+
+
+def test_a_folder_of_pairs_is_not_taken_for_one_of_texts(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [dict(prompt="a", response="b", text=f"c{i}") for i in range(20)])
+    dataset.prepare(path, "byte", out=str(tmp_path / "d"))
+    with pytest.raises(dataset.UserError, match="was made with column=None, not text"):
+        dataset.prepare(path, "byte", out=str(tmp_path / "d"), column="text")
 
 
 def test_files_of_pairs_are_mixed_whole(tmp_path):
@@ -1282,6 +1331,12 @@ def test_a_pair_that_is_too_long_loses_its_prompts_beginning_and_then_its_respon
     two_turns = np.array([2, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1])
     places, flagged = cut(two_turns, 7)
     assert (places.tolist(), flagged.tolist()) == ([0, 5, 6, 7, 8, 9, 10], [2, 0, 1, 0, 0, 1, 1, 1])  # nothing is learned right after a gap
+
+
+def test_the_first_windows_hold_pairs_of_every_length(pairs):
+    loader = DataLoader(pairs[0], "train", 1, 512)
+    first = [i for row in loader.rows[:len(loader.rows) // 4] for i in row]
+    assert loader.lengths[first].mean() == pytest.approx(loader.lengths.mean(), rel=0.2)
 
 
 def test_pairs_longer_than_the_context_are_counted(pairs):
@@ -1519,7 +1574,7 @@ def tuned(tmp_path_factory):
     folder, rows = tmp_path_factory.mktemp("tuned"), [r for r in some_pairs(300) if len(r["prompt"] + r["response"]) < 230]
     write_lines(folder / "pairs.jsonl", rows)
     done = [script(here("train.py"), *TUNED, f"--micro_batch={B}", f"--out_dir=one{B}", cwd=folder) for B in (1, 2, 4)]
-    done += [torchrun(2, *TUNED, f"--micro_batch={B}", f"--out_dir=two{B}", cwd=folder) for B in (1, 2)]
+    done += [torchrun(2, *TUNED, f"--micro_batch={B}", f"--parallel={parallel}", f"--out_dir=two{B}", cwd=folder) for B, parallel in ((1, "ddp"), (2, "zero2"))]
     for r in done:
         assert r.returncode == 0, r.stderr
     return folder, rows
@@ -1559,11 +1614,13 @@ def test_bits_per_byte_of_pairs_are_those_of_the_responses(tuned):
 
 
 def test_training_stops_when_validation_gets_no_better_and_keeps_the_best_checkpoint(workspace, tmp_path):
-    r = script(here("train.py"), *RUNS["fp32"], "--max_lr=3", "--val_interval=1", "--ckpt_interval=0", "--patience=3", "--keep=1", f"--out_dir={tmp_path}", cwd=workspace)
+    dataset.prepare(str(workspace / "t.txt"), "byte", out=str(tmp_path / "d"), splits="80/10/10")
+    r = script(here("train.py"), *RUNS["fp32"], f"--data={tmp_path}/d", "--max_lr=3", "--val_interval=1", "--ckpt_interval=0", "--patience=3", "--keep=1", f"--out_dir={tmp_path}", cwd=workspace)
     assert r.returncode == 0, r.stderr
     values = losses(tmp_path, "val")
     best = values.index(min(values))
     assert len(values) == best + 4 < 30 and gpt.checkpoint_step(gpt.find_checkpoints(tmp_path)[0]) == best
+    assert [step for stream, step in records(tmp_path) if stream == "test"] == [best + 3]  # as at any end
     assert f"done at step {best + 3}, no better validation loss in 3" in r.stdout and f"best: step {best}, validation loss {min(values):.4f}: {tmp_path}/checkpoints/model_{best:06d}.pt" in r.stdout
     again = script(here("train.py"), "--resume", f"--out_dir={tmp_path}", cwd=workspace)
     assert f"done at step {best + 3}, no better" in again.stdout and losses(tmp_path, "val") == values
@@ -1585,9 +1642,14 @@ def test_the_distilled_loss_equals_a_sum_over_single_positions(monkeypatch):
     assert got.item() == pytest.approx(0.7 * sum(ce) / 6 + 0.3 * 4 * sum(kl) / 6, rel=1e-5)
 
 
-def test_a_teacher_of_the_same_weights_has_nothing_to_teach(workspace, tmp_path):
-    ckpt = "runs/fp32/checkpoints/model_000030.pt"
-    r = script(here("train.py"), *FAST, f"--init_from={ckpt}", f"--teacher={ckpt}", "--distill_alpha=1", "--dropout=0", "--max_steps=2", f"--out_dir={tmp_path}", cwd=workspace)
+@pytest.mark.parametrize("padding", [384, 512])
+def test_a_teacher_of_the_same_weights_has_nothing_to_teach_whatever_its_padding(workspace, tmp_path, padding):
+    path, ckpt = "runs/fp32/checkpoints/model_000030.pt", gpt.read_checkpoint(str(workspace / "runs/fp32/checkpoints/model_000030.pt"))
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        ckpt["model"][name] = F.pad(ckpt["model"][name], (0, 0, 0, padding - 384))
+    ckpt["model_config"]["vocab_size"] = padding
+    torch.save(ckpt, tmp_path / "teacher.pt")
+    r = script(here("train.py"), *FAST, f"--init_from={path}", f"--teacher={tmp_path}/teacher.pt", "--distill_alpha=1", "--dropout=0", "--max_steps=2", f"--out_dir={tmp_path}", cwd=workspace)
     assert r.returncode == 0, r.stderr
     assert losses(tmp_path)[0] == pytest.approx(0, abs=1e-6) and losses(tmp_path, "val")[0] > 1
 
@@ -2021,7 +2083,8 @@ def test_an_exported_chat_template_gives_the_tokens_of_ours(tmp_path, spec):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for line, turns in PAIR_LINES.values():
         if "messages" in line:
-            messages, ours = line["messages"][:2 * len(turns) + 1], (dataset.encode_chat(enc, template, turns) & 0xFFFF).tolist() + [enc.eot_token]
+            messages = line["messages"][:2 * len(turns) + (line["messages"][0]["role"] == "system") + 1]
+            ours = (dataset.encode_chat(enc, template, turns) & 0xFFFF).tolist() + [enc.eot_token]
             if messages[-1]["role"] == "user":
                 ours = dataset.prompt_tokens(enc, template, [*turns, (messages[-1]["content"], None)])
             assert theirs.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user", tokenize=True, return_dict=False) == ours
@@ -2263,7 +2326,9 @@ MISTAKES = {
     "a bench of no steps": ([*T, "--bench=0"], "bench='0' must be a number of steps, or ladder"),
     "an unknown kind of bench": ([*T, "--bench=fast"], "bench='fast' must be a number of steps, or ladder"),
     "a strictness that finds a bad line": (["dataset.py", "--source=bad.jsonl", "--tokenizer=byte", "--out=data/new", "--strict"], "bad.jsonl, line 2: no response; without --strict"),
-    "no good pair": (["dataset.py", "--source=pairs.jsonl,t.txt"], "pairs.jsonl holds pairs; they cannot be mixed with texts"),
+    "no good pair": (["dataset.py", "--source=none.jsonl", "--tokenizer=byte", "--out=data/new"], "none.jsonl holds no pair; its first line: empty response"),
+    "pairs in one piece": (["train.py", "--recipe=sft", "--data=pairs.json"], "pairs.json is JSON in one piece; write one object a line"),
+    "pairs mixed with texts": (["dataset.py", "--source=pairs.jsonl,t.txt"], "pairs.jsonl holds pairs; they cannot be mixed with texts"),
     "a cut through pairs": (["dataset.py", "--source=pairs.jsonl", "--val_tokens=100"], "--val_tokens would cut a pair in two"),
     "strictness with a text": (["dataset.py", "--source=t.txt", "--strict"], "--strict is for pairs"),
     "a server with a text": (["dataset.py", "--source=t.txt", "--endpoint=http://localhost/v1"], "--endpoint goes with --source=synth"),
@@ -2271,6 +2336,8 @@ MISTAKES = {
     "an address that is none": ([*SYNTH, "--endpoint=localhost:1"], "--endpoint must be like http://localhost:8000/v1"),
     "a key in the address": ([*SYNTH, "--endpoint=http://me:secret@localhost/v1"], "a key goes into OPENAI_API_KEY"),
     "prompts that are not there": (["dataset.py", "--source=synth", "--prompts=no.txt", "--model=m", "--endpoint=http://localhost:1/v1"], "cannot read no.txt"),
+    "answers into a folder": ([*SYNTH, "--out=data/answers"], "--out=data/answers must be a file of pairs, .jsonl"),
+    "a tokenizer for a server": ([*SYNTH, "--tokenizer=byte"], "--tokenizer is not for --source=synth"),
     "a request that is no JSON": ([*SYNTH, "--request=hot"], "--request=hot must be a JSON object"),
     "answers onto something else": ([*SYNTH, "--out=pairs.jsonl"], "pairs.jsonl, line 1, is not of --source=synth"),
     "an empty file": (["dataset.py", "--source=empty.txt"], "empty.txt is empty"),
@@ -2314,7 +2381,8 @@ def mistakes(workspace):
     dataset.write_shard(str(workspace / "data/foreign/val_000000.bin"), [1, 1, 1, 60000] + [1] * 100)
     (workspace / "data/manifest/meta.json").write_text("{}")
     for name, raw in {"broken.json": b"{", "unknown.json": b'{"max_l": 1}', "empty.txt": b"", "blank.txt": b"\n\n \n\n", "binary.txt": bytes(range(256)) * 9,
-                      "t.jsonl": b'{"story": "x"}\n', "broken.jsonl": b'{"text": "x"}\n{"text": \n', "bad.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n'}.items():
+                      "t.jsonl": b'{"story": "x"}\n', "broken.jsonl": b'{"text": "x"}\n{"text": \n', "bad.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n',
+                      "none.jsonl": b'{"prompt": "a", "response": ""}\n', "pairs.json": b'[{"prompt": "a", "response": "b"}]'}.items():
         (workspace / name).write_bytes(raw)
     (workspace / "other.txt").write_text("\n\n".join(stories(90)))
     dataset.prepare(str(workspace / "other.txt"), "byte", out=str(workspace / "data/other"))

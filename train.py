@@ -398,21 +398,22 @@ def initial_model(asked):
     return model, known["tokenizer"]
 
 
-def open_teacher(device, spec):
-    """The model that --teacher names, ready to be asked"""
-    model, its, _ = gpt.open_model(teacher, device=device)
-    if its != spec:
-        raise UserError(f"the teacher {teacher} is in tokenizer {its['name']}, the data in {(spec or {}).get('name')}; they must be the same")
+def open_teacher(device):
+    """The model that --teacher names, ready to be asked, and its tokenizer's spec"""
+    if not teacher:
+        return None, None
+    model, spec, _ = gpt.open_model(teacher, device=device)
     if model.cfg.block_size < block_size:
         raise UserError(f"the teacher {teacher} has a context of {model.cfg.block_size}, which is less than block_size={block_size}")
-    return model
+    return model, spec
 
 
 def distill(loss, logits, wanted, targets):
     """The loss mixed with the divergence from the teacher's distribution, its size restored by T^2 (Hinton et al., 2015)"""
-    student, wanted = (F.log_softmax(x.float() / distill_temperature, dim=-1) for x in (logits, wanted))  # (B, T, tokens)
-    apart, learned = F.kl_div(student, wanted, reduction="none", log_target=True).sum(dim=-1), targets >= 0  # (B, T)
-    return (1 - distill_alpha) * loss + distill_alpha * distill_temperature**2 * (apart * learned).sum() / learned.sum()
+    learned = targets >= 0
+    student, wanted = (F.log_softmax(x[learned].float() / distill_temperature, dim=-1) for x in (logits, wanted))  # (n, tokens)
+    apart = F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+    return (1 - distill_alpha) * loss + distill_alpha * distill_temperature**2 * apart
 
 
 def new_model(n_tokens):
@@ -421,11 +422,12 @@ def new_model(n_tokens):
     return GPT(GPTConfig(**shape, n_tokens=n_tokens))
 
 
-def expected_tokens(folder):
+def expected_tokens(folder, spec):
     """The size of the vocabulary, without the data."""
-    manifest = dataset.read_manifest(folder)
-    return manifest["vocab_size"] if manifest else {"gpt2": gpt.GPT2_TOKENS, "byte": 257}.get(tokenizer) or \
-        dataset.bpe_size(tokenizer) or dataset.get_tokenizer(tokenizer).n_vocab
+    if manifest := dataset.read_manifest(folder):
+        return manifest["vocab_size"]
+    name = spec["name"] if spec else tokenizer
+    return {"gpt2": gpt.GPT2_TOKENS, "byte": 257}.get(name) or not spec and dataset.bpe_size(name) or dataset.get_tokenizer(spec or name).n_vocab
 
 
 def make_optimizers(model, device):
@@ -633,7 +635,7 @@ def plan(world_size, sequences, model, spec):
         about = "" if max_steps else "about "
     set_steps(n_windows, sequences * world_size)
     with torch.device("meta"):
-        model = model or new_model(expected_tokens(folder))
+        model = model or new_model(expected_tokens(folder, spec))
     describe(model, world_size, sequences, n_windows, "none: a dry run", about)
     # All in float32. AdamW has two moments, Muon one; zero2 holds its share of the weights beside all of them.
     n = model.param_counts()["total"]
@@ -757,10 +759,11 @@ def main():
     scaler = torch.amp.GradScaler(where.type, enabled=amp_dtype == torch.float16 and where.type != "mps")
 
     # data
+    master, its = open_teacher(where)
     n_windows, held_out = 0, {}  # split -> its loader, and how many of its windows are judged
     if bench:
         spec, enc, fingerprint, template = None, None, None, None
-        n_tokens = raw.cfg.n_tokens if raw else expected_tokens(data if os.path.isdir(data) else text_folder())
+        n_tokens = expected_tokens(data if os.path.isdir(data) else text_folder(own), own)
         batch = torch.randint(n_tokens, (2, sequences, block_size), device=where)
         batch = torch.cat((batch, torch.zeros_like(batch[:1]))) if doc_mask else batch
     else:
@@ -771,12 +774,14 @@ def main():
         n_tokens, n_windows = enc.n_vocab if enc else gpt.GPT2_TOKENS, loader.n_windows
         if loader.manifest is None and first:
             print(f"{folder} has no manifest: its tokens are taken for GPT-2's, and checked only for being in the vocabulary")
-        if loader.manifest and asked.get("tokenizer", spec["name"]) not in (spec["name"], loader.manifest["settings"]["tokenizer"]):
+        if loader.manifest and asked.get("tokenizer", "model") not in ("model", spec["name"], loader.manifest["settings"]["tokenizer"]):
             raise UserError(f"{folder} is in tokenizer {spec['name']}, not {asked['tokenizer']}")
         if own and spec != own:
             raise UserError(f"{ckpt['path'] if ckpt else init_from} was trained with tokenizer {own['name']}; {folder} is in another, {spec['name']}")
         if ckpt and ckpt["data_fingerprint"] != fingerprint and not new_data:
             raise UserError(f"{folder} is not the data that {ckpt['path']} was trained on; --new_data goes on all the same")
+        if its and spec != its:
+            raise UserError(f"the teacher {teacher} is in tokenizer {its['name']}, the data in {spec['name']}; they must be the same")
         for split, most in (("val", max(1, val_tokens // block_size)), ("test", math.inf)):
             try:
                 held = DataLoader(folder, split, 1, block_size, vocab_size=n_tokens, device=where, doc_mask=doc_mask)
@@ -794,7 +799,6 @@ def main():
     if n_tokens > raw.cfg.vocab_size:
         raise UserError(f"vocab_size={raw.cfg.vocab_size:,} is too small for the tokenizer's {n_tokens:,} tokens")
     raw.grad_checkpoint = grad_checkpoint
-    master = open_teacher(where, spec) if teacher and not bench else None
 
     def loss_of(model, x, y, *document):
         """The mean over what a batch has to teach"""
@@ -854,6 +858,8 @@ def main():
               + (f"; from step {step0}" if step0 else ""), flush=True)
 
     # what is done now and then
+    improved = lambda step: last_val["step"] == step and last_val["val"] < best["val"]
+
     def record(step, stream, value, line, **fields):
         log.write(f"{step} {stream} {value:.6f} " + " ".join(f"{k}={v}" for k, v in fields.items()) + "\n")
         dataset.say(line, again=stream == "train")
@@ -941,8 +947,9 @@ def main():
             examples = hellaswag.encode(hellaswag.read_examples(hellaswag.PATH), enc, block_size)
 
     # the loop
-    improved = lambda step: last_val["step"] == step and last_val["val"] < best["val"]
-    due = lambda step, interval: interval and (step % interval == 0 or step == max_steps)
+    worn_out = lambda step: patience and last_val["step"] == step and not improved(step) and step - best["step"] >= patience * val_interval
+    at_end = lambda step: step == max_steps or worn_out(step)
+    due = lambda step, interval: interval and (step % interval == 0 or at_end(step))
     byte_count = torch.tensor(dataset.token_bytes(enc), device=where) if enc else None
     peak, bad_steps, times = peak_tflops(where), 0, []
     if where.type == "cuda":
@@ -957,15 +964,14 @@ def main():
         # what is due at this step, unless the checkpoint we began with already saw to it
         if not evaluated and not stop:
             evaluated = not ("val" in held_out and due(step, val_interval)) or validate(step, "val")
-            evaluated = evaluated and (not ("test" in held_out and step == max_steps) or validate(step, "test"))
+            evaluated = evaluated and (not ("test" in held_out and at_end(step)) or validate(step, "test"))
             evaluated = evaluated and (not (examples and due(step, hella_interval)) or judge(step))
             if evaluated and step and due(step, sample_interval) and enc:
                 print_sample(step)
             stop = not evaluated
         if not bench and (step > step0 and due(step, ckpt_interval) or stop or patience and improved(step)):
             save(step)
-        worn_out = patience and last_val["step"] == step and step - best["step"] >= patience * val_interval
-        if step == max_steps or stop or worn_out:
+        if stop or at_end(step):
             break
 
         # one step: forward and backward for every micro-batch, then one update
@@ -1031,7 +1037,7 @@ def main():
         if board:
             board.finish()
         cost = f", ${totals['usd']:.2f}" if usd_per_gpu_hour else ""
-        why = f", no better validation loss in {patience}" if worn_out else ""
+        why = f", no better validation loss in {patience}" if worn_out(step) else ""
         dataset.say(f"{'stopped' if stop else 'done'} at step {step}{why}: {totals['seconds'] / 60:.1f} minutes of training{cost}")
         if patience and best["step"] >= 0:
             dataset.say(f"best: step {best['step']}, validation loss {best['val']:.4f}: {checkpoint_path(best['step'])}")
