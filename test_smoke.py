@@ -1654,6 +1654,12 @@ def test_a_teacher_of_the_same_weights_has_nothing_to_teach_whatever_its_padding
     assert losses(tmp_path)[0] == pytest.approx(0, abs=1e-6) and losses(tmp_path, "val")[0] > 1
 
 
+def test_a_teacher_without_a_share_changes_nothing(workspace, tmp_path):
+    r = script(here("train.py"), *FAST, "--teacher=runs/fp32/checkpoints/model_000030.pt", "--distill_alpha=0", "--max_steps=1", f"--out_dir={tmp_path}", cwd=workspace)
+    assert r.returncode == 0, r.stderr
+    assert losses(tmp_path) == losses(workspace / "runs/fp32")[:1] and losses(tmp_path, "val")[0] == losses(workspace / "runs/fp32", "val")[0]
+
+
 @pytest.fixture(scope="session")
 def chat(workspace):
     """A model with a tokenizer of its own, fine-tuned, the last step of it resumed.  -> the processes"""

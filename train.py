@@ -748,6 +748,7 @@ def main():
         return t.tolist()
 
     # randomness and precision
+    master, its = open_teacher(where)  # before the seed: to make a model takes random numbers
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     if deterministic:
@@ -759,7 +760,6 @@ def main():
     scaler = torch.amp.GradScaler(where.type, enabled=amp_dtype == torch.float16 and where.type != "mps")
 
     # data
-    master, its = open_teacher(where)
     n_windows, held_out = 0, {}  # split -> its loader, and how many of its windows are judged
     if bench:
         spec, enc, fingerprint, template = None, None, None, None
