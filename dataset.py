@@ -1040,7 +1040,7 @@ def synthesize(prompts, endpoint, model, request=None, concurrency=None, out=Non
     todo, running = deque(p for p in wanted if p not in answered), {}
     say(f"{out}: {len(wanted) - len(todo):,} of {len(wanted):,} prompts have their response")
     n, failed_in_a_row, last, shown, started = len(todo), 0, "", 0, time.monotonic()
-    stop, calm = threading.Event(), [0.0]  # calm: when the server, by its own word, may be asked again
+    stop, server = threading.Event(), dict(calm=0.0, said="")  # when it may be asked again, by its own word; how the last try failed
 
     def collect(futures):
         """Puts the responses that have come into the file."""
@@ -1066,13 +1066,14 @@ def synthesize(prompts, endpoint, model, request=None, concurrency=None, out=Non
                     while todo and len(running) < concurrency:
                         prompt = todo.popleft()
                         messages = [*body["messages"], {"role": "user", "content": prompt}]
-                        running[pool.submit(ask, url.geturl(), key, {**body, "messages": messages}, stop, calm)] = prompt
+                        running[pool.submit(ask, url.geturl(), key, {**body, "messages": messages}, stop, server)] = prompt
                     collect(wait(running, timeout=1, return_when=FIRST_COMPLETED)[0])
                     left, seconds = len(todo) + len(running), time.monotonic() - started
                     if sys.stdout.isatty() or seconds - shown > 10:
-                        shown, rate, pause = seconds, (n - left) / seconds, calm[0] - time.monotonic()
-                        ahead = f", {clock(left / rate)} left" * (rate > 0) if pause < 1 else f"; the server asks for {clock(pause)} of patience"
-                        say(f"{len(wanted) - left:,}/{len(wanted):,} prompts, {rate:.1f}/s{ahead}", again=True)
+                        shown, rate, pause = seconds, (n - left) / seconds, server["calm"] - time.monotonic()
+                        ahead = f", {clock(left / rate)} left" if rate else ""
+                        news = f"; the server asks for {clock(pause)} of patience" if pause > 1 else f"; {server['said']}" if server["said"] else ""
+                        say(f"{len(wanted) - left:,}/{len(wanted):,} prompts, {rate:.1f}/s{ahead}{news}", again=True)
             except KeyboardInterrupt:
                 say(f"stopping: {len(running)} responses are on their way; Ctrl-C again drops them")
                 raise
@@ -1092,7 +1093,7 @@ def synthesize(prompts, endpoint, model, request=None, concurrency=None, out=Non
     say(f"{out}: {len(wanted):,} pairs; python train.py --recipe=sft --init_from=MODEL --data={out} learns them")
 
 
-def ask(url, key, body, stop, calm):
+def ask(url, key, body, stop, server):
     """
     -> the response, why it ended, and False; or None, why there is none, and whether that is for the server to mend. Waits and
     tries again where that may help.
@@ -1100,7 +1101,7 @@ def ask(url, key, body, stop, calm):
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     tries, until, why = 0, 0.0, "a stop"
     while tries < TRIES and not stop.is_set():
-        if (left := max(until, calm[0]) - time.monotonic()) > 0:
+        if (left := max(until, server["calm"]) - time.monotonic()) > 0:
             stop.wait(left)
             continue
         tries, seconds = tries + 1, min(LONGEST_WAIT, 2**tries) * random.uniform(0.5, 1)
@@ -1108,6 +1109,7 @@ def ask(url, key, body, stop, calm):
             with OPENER.open(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=TIMEOUT) as response:
                 choice = json.load(response)["choices"][0]
             if (choice["message"]["content"] or "").strip():
+                server["said"] = ""
                 return choice["message"]["content"].strip(), choice.get("finish_reason"), False
             why = "an empty response"
         except urllib.error.HTTPError as e:
@@ -1120,12 +1122,12 @@ def ask(url, key, body, stop, calm):
                 return None, why, False
             if (said := retry_after(e.headers)) is not None:  # to wait as told is no failure
                 tries, seconds = tries - 1, said * random.uniform(1, 1.5)
-                calm[0] = max(calm[0], time.monotonic() + said)
+                server["calm"] = max(server["calm"], time.monotonic() + said)
         except (OSError, http.client.HTTPException) as e:
             why = str(getattr(e, "reason", e)) or type(e).__name__
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             why = "an answer that is no chat completion"
-        until = time.monotonic() + seconds
+        until, server["said"] = time.monotonic() + seconds, why
     return None, why, not stop.is_set()
 
 

@@ -270,8 +270,7 @@ def compare(names, text, split, stride, data, limit, device, dtype):
         print(f"no HellaSwag: {e}", file=sys.stderr)
     table = [("model", "parameters", "tokens", "loss", "bits/byte", *hellaswag.MEASURES, "tokens/s", "$")]
     for name in names:
-        is_run = os.path.isdir(os.path.join(name, "checkpoints"))
-        model, enc, rest = open_speaker(None if is_run else name, name if is_run else ".", device, dtype)
+        model, enc, rest = open_speaker(name, ".", device, dtype)
         val, totals = rest.get("last_val", {}), rest.get("totals", {})
         loss, bpb = val.get("val"), val.get("bpb")
         if text:
@@ -319,7 +318,7 @@ def export(model, enc, folder, template=None):
 
 def main():
     p = dataset.Parser(prog="eval.py", description=__doc__)
-    p.add_argument("--ckpt", help="a checkpoint, a Hugging Face folder, or a name such as gpt2 (the newest of --out_dir)")
+    p.add_argument("--ckpt", help="a checkpoint, a run's or a Hugging Face folder, or a name such as gpt2 (the newest of --out_dir)")
     p.add_argument("--out_dir", help="of the run whose newest checkpoint is used (%(default)s)")
     p.add_argument("--prompt", action="append", help="what the text begins with; several are continued together; none: a session")
     p.add_argument("--num_samples", type=int, default=1, help="of each prompt")

@@ -194,7 +194,7 @@ MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
 
 def main():
     p = dataset.Parser(prog="hellaswag.py", description=__doc__)
-    p.add_argument("--ckpt", help="a checkpoint, a Hugging Face folder, or a name such as gpt2 (the newest of --out_dir)")
+    p.add_argument("--ckpt", help="a checkpoint, a run's or a Hugging Face folder, or a name such as gpt2 (the newest of --out_dir)")
     p.add_argument("--out_dir", default=".", help="of the run whose newest checkpoint is judged (%(default)s)")
     p.add_argument("--data", help="the examples, .jsonl (downloaded)")
     p.add_argument("--limit", type=int, help="only the first examples")

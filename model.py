@@ -566,6 +566,12 @@ def find_checkpoints(out_dir):
     return sorted((os.path.join(folder, n) for n in names if re.fullmatch(r"model_\d+\.pt", n)), key=checkpoint_step)
 
 
+def newest_checkpoint(out_dir):
+    if paths := find_checkpoints(out_dir):
+        return paths[-1]
+    raise UserError(f"{out_dir}/checkpoints has no checkpoint; train one (python train.py --recipe=tiny), or name one with --ckpt")
+
+
 def checkpoint_step(path):
     return int(re.search(r"model_(\d+)\.pt$", path)[1])
 
@@ -635,14 +641,10 @@ def load_checkpoint(path, device="cpu"):
 
 def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
     """
-    A checkpoint, a Hugging Face folder or name, or None for the newest checkpoint of out_dir
+    A checkpoint, the folder of a run, a Hugging Face folder or name, or None for the newest checkpoint of out_dir
     -> the model, the spec of its tokenizer, and the rest of the checkpoint, with a line `about` that says what it is
     """
-    if not name:
-        paths = find_checkpoints(out_dir)
-        if not paths:
-            raise UserError(f"{out_dir}/checkpoints has no checkpoint; train one (python train.py --recipe=tiny), or name one with --ckpt")
-        name = paths[-1]
+    name = name or newest_checkpoint(out_dir)
     device = pick_device(device)
     model, ckpt = find_model(name)
     about = f"{name}, step {ckpt['step']:,}" if "step" in ckpt else name
@@ -656,7 +658,9 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
 
 
 def find_model(name):
-    """A checkpoint, a Hugging Face folder or name -> the model, and what else is known: its tokenizer at least"""
+    """A checkpoint, the folder of a run, a Hugging Face folder or name -> the model, and what else is known: its tokenizer at least"""
+    if os.path.isdir(os.path.join(name, "checkpoints")):
+        name = newest_checkpoint(name)
     if os.path.isfile(name) or name.endswith(".pt"):
         return load_checkpoint(name)
     return GPT.from_pretrained(name), read_spec(name)

@@ -1157,6 +1157,11 @@ def test_prompts_that_are_refused_hold_up_no_other_and_a_dead_server_is_given_up
         with pytest.raises(dataset.UserError, match="^100 of 100 prompts have no response, the last for HTTP status 500"):
             go()
         assert 80 <= len(asked) <= 8 * 13
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # where it tells more
+        with pytest.raises(dataset.UserError):
+            go()
+        monkeypatch.undo()
+    monkeypatch.setattr(dataset, "LONGEST_WAIT", 0)
     with stub_server(lambda prompt, n: (400, {}, b"") if int(prompt) < 20 else (500, {}, b"") if int(prompt) % 2 else completion(prompt)) as (url, asked):
         with pytest.raises(dataset.UserError, match="^60 of 100 prompts have no response, .*; the same command"):
             go()
@@ -1664,7 +1669,7 @@ def test_a_teacher_without_a_share_changes_nothing(workspace, tmp_path):
 def chat(workspace):
     """A model with a tokenizer of its own, fine-tuned, the last step of it resumed.  -> the processes"""
     base = ["--tokenizer=bpe:300", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=128", "--total_batch_size=256", "--max_steps=4", "--device=cpu"]
-    tune = ["--recipe=sft", "--init_from=chat/base/checkpoints/model_000004.pt", "--data=pairs.jsonl", "--total_batch_size=256", "--max_steps=4", "--max_lr=1e-2"]
+    tune = ["--recipe=sft", "--init_from=chat/base", "--data=pairs.jsonl", "--total_batch_size=256", "--max_steps=4", "--max_lr=1e-2"]
     done = [script(*command, cwd=workspace) for command in (
         [here("train.py"), "--data=t.txt", *base, "--hella_interval=0", "--out_dir=chat/base"],
         [here("train.py"), *tune, "--ckpt_interval=3", "--sample_interval=4", "--sample_prompt=Who is it?", "--out_dir=chat/tuned"],
