@@ -782,9 +782,10 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column=None, doc_sep
     if val_tokens is None and not splits and not pairs and about > 20 * shard_tokens:
         val_tokens = shard_tokens
     fingerprint = ",".join(s.fingerprint or "" for s in sources).strip(",") or None
-    settings = dict(source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer if isinstance(tokenizer, str) else tokenizer["name"], column=None if pairs else column or "text", doc_sep=doc_sep,
-                    shard_tokens=shard_tokens, val_tokens=val_tokens,
-                    weights=[s.weight for s in sources] if len(sources) > 1 else None, max_bytes=max_bytes, splits=splits)
+    settings = dict(
+        source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer if isinstance(tokenizer, str) else tokenizer["name"],
+        column=None if pairs else column or "text", doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
+        weights=[s.weight for s in sources] if len(sources) > 1 else None, max_bytes=max_bytes, splits=splits)
     if isinstance(tokenizer, str) and bpe_size(tokenizer):
         settings.update(special=list(special), bpe_bytes=bpe_bytes)
     else:
