@@ -1052,7 +1052,7 @@ def completion(prompt):
 
 FAILURES = [(500, {}, b"{}"), (429, {"Retry-After": "0.05"}, b""), (503, {}, b"busy"), None, (200, {}, b"<html>"), (200, {}, b'{"choices": []}'), (200, {"Content-Length": "999"}, b'{"choi'),
             (200, {}, b'{"choices": [{"message": {"content": " "}}]}')]
-IMPATIENT = "import dataset; dataset.LONGEST_WAIT = 0.05; "
+IMPATIENT = "import dataset; dataset.LONGEST_WAIT, dataset.TRIES = 0.05, 50; "  # eight failures in a row do happen
 
 
 def test_a_synthesis_killed_five_times_ends_with_every_prompt_answered_once(tmp_path):
