@@ -1632,6 +1632,17 @@ def test_training_stops_when_validation_gets_no_better_and_keeps_the_best_checkp
     assert f"done at step {best + 3}, no better" in again.stdout and losses(tmp_path, "val") == values
 
 
+def test_patience_ends_after_that_many_validations_and_not_at_a_new_best_one(monkeypatch):
+    for name, value in (("patience", 3), ("val_interval", 10)):
+        monkeypatch.setattr(train, name, value)
+    best = {"step": 20, "val": 2.0}
+    worn_out = lambda step, val, at=None: train.worn_out(step, {"step": step if at is None else at, "val": val}, best)
+    assert [worn_out(step, 2.5) for step in (20, 30, 40, 50, 60)] == [False, False, False, True, True]
+    assert not worn_out(50, 1.9) and not worn_out(50, 2.5, at=40) and worn_out(50, 2.0)
+    monkeypatch.setattr(train, "patience", 0)
+    assert not worn_out(500, 2.5)
+
+
 def test_the_distilled_loss_equals_a_sum_over_single_positions(monkeypatch):
     for name, value in (("distill_alpha", 0.3), ("distill_temperature", 2.0)):
         monkeypatch.setattr(train, name, value)

@@ -306,6 +306,16 @@ def get_lr(step):
     return min_lr + left * (max_lr - min_lr)
 
 
+def improved(step, last_val, best):
+    """Whether this step was validated, with a lower loss than any before"""
+    return last_val["step"] == step and last_val["val"] < best["val"]
+
+
+def worn_out(step, last_val, best):
+    """Whether this step was validated, and `patience` validations in a row have brought no new best one"""
+    return patience > 0 and last_val["step"] == step and not improved(step, last_val, best) and step - best["step"] >= patience * val_interval
+
+
 def divide_batch(world_size):
     """total_batch_size tokens -> sequences a process and step. The user states tokens; the rest follows."""
     unit = block_size * world_size
@@ -858,8 +868,6 @@ def main():
               + (f"; from step {step0}" if step0 else ""), flush=True)
 
     # what is done now and then
-    improved = lambda step: last_val["step"] == step and last_val["val"] < best["val"]
-
     def record(step, stream, value, line, **fields):
         log.write(f"{step} {stream} {value:.6f} " + " ".join(f"{k}={v}" for k, v in fields.items()) + "\n")
         dataset.say(line, again=stream == "train")
@@ -916,7 +924,7 @@ def main():
             dataset.say(f"sample at step {step}: {sample_prompt}{between}{enc.decode(tokens[n:])}\n")
 
     def save(step):
-        if improved(step):
+        if improved(step, last_val, best):
             best.update(last_val)
         states = [get_rng(where)]
         if world_size > 1:
@@ -947,8 +955,7 @@ def main():
             examples = hellaswag.encode(hellaswag.read_examples(hellaswag.PATH), enc, block_size)
 
     # the loop
-    worn_out = lambda step: patience and last_val["step"] == step and not improved(step) and step - best["step"] >= patience * val_interval
-    at_end = lambda step: step == max_steps or worn_out(step)
+    at_end = lambda step: step == max_steps or worn_out(step, last_val, best)
     due = lambda step, interval: interval and (step % interval == 0 or at_end(step))
     byte_count = torch.tensor(dataset.token_bytes(enc), device=where) if enc else None
     peak, bad_steps, times = peak_tflops(where), 0, []
@@ -969,7 +976,7 @@ def main():
             if evaluated and step and due(step, sample_interval) and enc:
                 print_sample(step)
             stop = not evaluated
-        if not bench and (step > step0 and due(step, ckpt_interval) or stop or patience and improved(step)):
+        if not bench and (step > step0 and due(step, ckpt_interval) or stop or patience and improved(step, last_val, best)):
             save(step)
         if stop or at_end(step):
             break
@@ -1037,7 +1044,7 @@ def main():
         if board:
             board.finish()
         cost = f", ${totals['usd']:.2f}" if usd_per_gpu_hour else ""
-        why = f", no better validation loss in {patience}" if worn_out(step) else ""
+        why = f", no better validation loss in {patience}" if worn_out(step, last_val, best) else ""
         dataset.say(f"{'stopped' if stop else 'done'} at step {step}{why}: {totals['seconds'] / 60:.1f} minutes of training{cost}")
         if patience and best["step"] >= 0:
             dataset.say(f"best: step {best['step']}, validation loss {best['val']:.4f}: {checkpoint_path(best['step'])}")
