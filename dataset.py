@@ -492,8 +492,8 @@ def open_source(spec, column=None, doc_sep=None):
     return Source(name, os.path.basename(spec), read, size=size, fingerprint=file_fingerprint(paths), pairs=pairs)
 
 
-def fetch(url, path):
-    """-> path, downloaded from url on first use; what an interrupted download left is not fetched again"""
+def fetch(url, path, sha256=None):
+    """-> path, downloaded from url on first use, and checked; what an interrupted download left is not fetched again"""
     if os.path.exists(path):
         return path
     part = path + ".part"
@@ -508,11 +508,15 @@ def fetch(url, path):
                 shutil.copyfileobj(response, f)
         if length and os.path.getsize(part) != have + int(length):
             raise OSError("the connection was cut; run again to go on")
+        with open(part, "rb") as f:
+            if sha256 and hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+                os.remove(part)
+                raise OSError("what came is not the file that is known by that address")
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as e:
         if getattr(e, "code", None) == 416:  # there is nothing after what is here: it is whole, or of an older file
             os.remove(part)
-            return fetch(url, path)
+            return fetch(url, path, sha256)
         raise UserError(f"cannot download {url} ({getattr(e, 'reason', None) or e}); check the network, or put a copy at {path}") from None
     return path
 
@@ -1040,7 +1044,7 @@ def synthesize(prompts, endpoint, model, request=None, concurrency=None, out=Non
     file, answered = open_answers(out, model)
     todo, running = deque(p for p in wanted if p not in answered), {}
     say(f"{out}: {len(wanted) - len(todo):,} of {len(wanted):,} prompts have their response")
-    n, failed_in_a_row, last, shown, started = len(todo), 0, "", 0, time.monotonic()
+    failed_in_a_row, last, show = 0, "", meter("prompts", len(wanted), len(wanted) - len(todo))
     stop, server = threading.Event(), dict(calm=0.0, said="")  # when it may be asked again, by its own word; how the last try failed
 
     def collect(futures):
@@ -1069,12 +1073,9 @@ def synthesize(prompts, endpoint, model, request=None, concurrency=None, out=Non
                         messages = [*body["messages"], {"role": "user", "content": prompt}]
                         running[pool.submit(ask, url.geturl(), key, {**body, "messages": messages}, stop, server)] = prompt
                     collect(wait(running, timeout=1, return_when=FIRST_COMPLETED)[0])
-                    left, seconds = len(todo) + len(running), time.monotonic() - started
-                    if sys.stdout.isatty() or seconds - shown > 10:
-                        shown, rate, pause = seconds, (n - left) / seconds, server["calm"] - time.monotonic()
-                        ahead = f", {clock(left / rate)} left" if rate else ""
-                        news = f"; the server asks for {clock(pause)} of patience" if pause > 1 else f"; {server['said']}" if server["said"] else ""
-                        say(f"{len(wanted) - left:,}/{len(wanted):,} prompts, {rate:.1f}/s{ahead}{news}", again=True)
+                    pause = server["calm"] - time.monotonic()
+                    said = f"the server asks for {clock(pause)} of patience" if pause > 1 else server["said"]
+                    show(len(wanted) - len(todo) - len(running), lambda: said)
             except KeyboardInterrupt:
                 say(f"stopping: {len(running)} responses are on their way; Ctrl-C again drops them")
                 raise
@@ -1270,6 +1271,23 @@ def say(line, again=False):
         print(f"\r\x1b[K{line}", end="" if again else "\n", flush=True)
     else:
         print(line, flush=True)
+
+
+def meter(unit, total, begun=0):
+    """
+    -> a function that is told how many are done, of which `begun` were before, and says so with the rate and the time left:
+    five times a second on a terminal, every ten seconds into a file. Its news, a function of nothing, is asked only then.
+    """
+    started = shown = time.monotonic()
+
+    def show(done, news=lambda: ""):
+        nonlocal shown
+        if (now := time.monotonic()) - shown > (0.2 if sys.stdout.isatty() else 10):
+            shown, rate, more = now, (done - begun) / (now - started), news()
+            ahead = f", {clock((total - done) / rate)} left" if rate else ""
+            say(f"{done:,}/{total:,} {unit}, {rate:,.1f}/s{ahead}{'; ' * bool(more)}{more}", again=True)
+
+    return show
 
 
 class Parser(argparse.ArgumentParser):

@@ -199,7 +199,7 @@ def perplexity(model, tokens, stride, batch=4096):
     device, T, n = next(model.parameters()).device, model.cfg.block_size, len(tokens) - 1
     ends = [min(T, n), *range(min(T, n) + stride, n, stride)]
     ends += [n] if ends[-1] < n else []
-    losses, scored, i = [], 0, 0
+    losses, scored, i, show = [], 0, 0, dataset.meter("tokens", n)
     while i < len(ends):
         # windows that score the same number of tokens go together
         new, length = ends[i] - scored, min(T, ends[i])
@@ -208,8 +208,7 @@ def perplexity(model, tokens, stride, batch=4096):
         x = model.hidden(windows[:, :-1])[:, -new:]
         losses.append(hellaswag.token_losses(model, x.flatten(0, 1), windows[:, -new:].flatten()))
         scored, i = group[-1], i + len(group)
-        if sys.stdout.isatty():
-            dataset.say(f"{scored:,} of {n:,} tokens", again=True)
+        show(scored)
     return torch.cat(losses)
 
 
@@ -222,13 +221,14 @@ def pair_losses(model, flagged, eot, budget=4096):
         tokens = np.append(pair[kept] & dataset.TOKEN, eot).astype(np.int64)
         rows.append((torch.from_numpy(tokens[:-1]), torch.from_numpy(np.where(flags[1:] == dataset.LEARNED, tokens[1:], -1))))
     rows.sort(key=lambda row: -len(row[0]))
-    losses, learned = [], []
+    losses, learned, show, pairs = [], [], dataset.meter("pairs", len(rows)), len(rows)
     while rows:
         n = max(1, budget // len(rows[0][0]))
         group, rows = rows[:n], rows[n:]
         x, y = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill).to(device) for column, fill in zip(zip(*group), (0, -1)))
         losses.append(hellaswag.token_losses(model, model.hidden(x)[y >= 0], y[y >= 0]))
         learned.append(y[y >= 0])
+        show(pairs - len(rows))
     return torch.cat(losses), torch.cat(learned).cpu()
 
 
@@ -284,7 +284,7 @@ def compare(names, text, split, stride, data, limit, device, dtype):
     table = [[x or "-" for x in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *row in table:
-        print("  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(row, widths[1:]))]))
+        dataset.say("  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(row, widths[1:]))]))
     where = f"on {text}" if text else "at the last validation, each on its own text"
     print(f"loss (nats a token) and bits a byte {where}; HellaSwag on {len(examples):,} examples", file=sys.stderr)
 

@@ -25,20 +25,13 @@ import model as gpt
 from dataset import UserError
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-EXAMPLES = 10_042
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # as Hugging Face's datasets have it; 10,042 examples
 PATH = "data/hellaswag/hellaswag_val.jsonl"
 
 
 def download():
     """-> PATH, where the validation examples are fetched to on first use"""
-    if not os.path.exists(PATH):
-        dataset.fetch(URL, PATH)
-        with open(PATH, "rb") as f:
-            lines = sum(1 for _ in f)
-        if lines != EXAMPLES:
-            os.remove(PATH)
-            raise UserError(f"{URL} has {lines:,} lines, not {EXAMPLES:,}; put a good copy at {PATH}")
-    return PATH
+    return dataset.fetch(URL, PATH, SHA256)
 
 
 def read_examples(path, limit=None):
@@ -148,10 +141,10 @@ def encode(examples, enc, block_size):
 
 
 @torch.no_grad()
-def score(model, encoded, rank=0, world_size=1, stop=lambda: False, progress=None):
+def score(model, encoded, rank=0, world_size=1, stop=lambda: False):
     """
     -> how many of this process's share are right by the sum, by the average token and by the average byte, and how many there
-    are. `stop` is asked between batches; `progress` is told.
+    are. `stop` is asked between batches.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -162,8 +155,9 @@ def score(model, encoded, rank=0, world_size=1, stop=lambda: False, progress=Non
             batches.append([])
             width = size(e)
         batches[-1].append(e)
-    right, n = torch.zeros(3, device=device), 0
-    for examples in batches[rank::world_size]:
+    batches = batches[rank::world_size]
+    right, n, show = torch.zeros(3, device=device), 0, dataset.meter("HellaSwag examples", sum(map(len, batches)))
+    for examples in batches:
         if stop():
             break
         batch = Batch(examples, device)
@@ -171,8 +165,8 @@ def score(model, encoded, rank=0, world_size=1, stop=lambda: False, progress=Non
         for i, losses in enumerate((sums, sums / counts, sums / batch.bytes)):
             right[i] += (losses.argmin(dim=1) == batch.labels).sum()
         n += len(examples)
-        if progress:
-            progress(right, n)
+        if rank == 0:
+            show(n, lambda: summary(right.tolist(), n))
     model.train(was_training)
     return *(int(r) for r in right), n
 
@@ -205,9 +199,7 @@ def main():
         raise UserError(f"--limit={a.limit} must be at least 1")
     examples = read_examples(a.data or download(), a.limit)
     model, spec, rest = gpt.open_model(a.ckpt, a.out_dir, a.device, a.dtype)
-    encoded = encode(examples, dataset.get_tokenizer(spec), model.cfg.block_size)
-    news = lambda right, n: dataset.say(f"{n}/{len(examples)}: {summary(right.tolist(), n)}", again=True)
-    *right, n = score(model, encoded, progress=news if sys.stdout.isatty() else None)
+    *right, n = evaluate(model, dataset.get_tokenizer(spec), examples)
     dataset.say(f"HellaSwag of {rest['about']}, {n:,} examples: {summary(right, n)}")
 
 

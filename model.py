@@ -533,6 +533,8 @@ def download(name):
     weights = "model.safetensors" if importlib.util.find_spec("safetensors") else "pytorch_model.bin"
     try:
         return snapshot_download(name, allow_patterns=["config.json", weights])
+    except ValueError:  # not a name that the hub could have
+        raise UserError(f"there is no {name}; name a checkpoint, a run's or a Hugging Face folder, or a model of the hub, owner/name") from None
     except Exception as e:  # a dozen types, from two libraries: no network, no such model, no permission
         raise UserError(f"cannot get {name} from the Hugging Face hub ({type(e).__name__}); "
                         "name a local directory with config.json and weights, or check the network") from None

@@ -2199,13 +2199,35 @@ def test_an_interrupted_download_goes_on(tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        fetch = lambda: dataset.fetch(f"http://127.0.0.1:{server.server_port}/f", str(tmp_path / "d/f"))
+        fetch = lambda: dataset.fetch(f"http://127.0.0.1:{server.server_port}/f", str(tmp_path / "d/f"), hashlib.sha256(content).hexdigest())
         with pytest.raises(dataset.UserError, match="cut; run again"):
             fetch()
         assert not (tmp_path / "d/f").exists()
         fetch()
         server.shutdown()
     assert asked == [None, "bytes=120000-"] and (tmp_path / "d/f").read_bytes() == content
+
+
+def test_a_download_that_is_not_the_known_file_is_refused_and_not_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"ctx": "A cat", "label": 1, "endings": ["sat", "is", "ran", "x"]}) + "\n")
+    monkeypatch.setattr(hellaswag, "URL", (tmp_path / "other.jsonl").as_uri())
+    with pytest.raises(dataset.UserError, match="not the file that is known"):
+        hellaswag.download()
+    assert not any((tmp_path / "data").rglob("*.jsonl*"))
+
+
+@pytest.mark.parametrize("terminal, lines", [(True, 20), (False, 2)])
+def test_long_work_tells_its_rate_and_the_time_left_more_often_on_a_terminal(monkeypatch, terminal, lines):
+    now, said = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(dataset, "say", lambda line, again: said.append(line))
+    show = dataset.meter("things", 1000, begun=400)
+    for i in range(1, 21):
+        now[0] = i * 1.1
+        show(400 + 11 * i, lambda: "all is well")
+    assert len(said) == lines and said[-1] == "620/1,000 things, 10.0/s, 0:38 left; all is well"
 
 
 @torch.no_grad()
@@ -2373,6 +2395,7 @@ MISTAKES = {
     "broken json": (["dataset.py", "--source=broken.jsonl", "--tokenizer=byte", "--out=data/new"], "cannot read broken.jsonl"),
     "other settings for a finished folder": (["dataset.py", "--source=t.txt", "--tokenizer=bpe:300", "--out=data/t"], "data/t was made with tokenizer=byte, not bpe:300"),
     "an unknown option of dataset.py": (["dataset.py", "--sources=t.txt"], "did you mean --source?"),
+    "a model that is nowhere": (["eval.py", "--prompt=x", "--ckpt=/no/such/run"], "there is no /no/such/run"),
     "no checkpoint to speak": (["eval.py", "--prompt=x", "--out_dir=runs/none"], "has no checkpoint"),
     "a seed that is too large": (["eval.py", "--seed=99999999999999999999", "--prompt=x", "--out_dir=runs/fp32"], "is out of range"),
     "a text of blank lines": (["eval.py", "--perplexity=blank.txt", "--out_dir=runs/fp32"], "has 0 tokens"),
