@@ -107,30 +107,41 @@ class Batch:
         L = self.idx.size(1)
         same = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, asking, asked)
         self.mask = (same & torch.ones(L, L, dtype=torch.bool, device=device).tril())[:, None]  # (B, 1, L, L)
-        self.reads, self.targets = torch.tensor(reads, device=device), torch.tensor(targets, device=device)
+        reads = torch.tensor(reads)  # (reads, 3), of which four have one place, the context's last: (places, 2), (reads,)
+        self.places, self.place = (t.to(device) for t in torch.unique(reads[:, :2], dim=0, return_inverse=True))
+        self.ending, self.targets = (reads[:, 0] * 4 + reads[:, 2]).to(device), torch.tensor(targets, device=device)
         self.bytes = torch.tensor([n for _, _, n, _ in examples], device=device)  # (B, 4)
         self.labels = torch.tensor([label for *_, label in examples], device=device)
 
 
-def token_losses(model, x, targets):
-    """x (N, C), what the head reads, and targets (N,) -> their losses (N,), a few at a time"""
-    size = CHUNK[x.device.type == "cuda"]
-    return torch.cat([F.cross_entropy(model.logits(part).float(), t, reduction="none") for part, t in zip(x.split(size), targets.split(size))])
+def token_losses(model, x, targets, rows=None):
+    """
+    x (N, C), what the head reads, and targets (R,) -> their losses (R,), read off the rows of x in turn, or off those given, (R,).
+    The vocabulary is taken part by part: logits that stay in a CPU's cache come 1.4 times as fast, and on a GPU they need less memory.
+    """
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
+    size, sums, logit = PART[x.device.type == "cuda"], [], torch.zeros(len(targets), device=x.device)
+    for begin in range(0, model.cfg.vocab_size, size):
+        logits = model.logits(x, slice(begin, begin + size)).float()
+        sums.append(logits.logsumexp(1))
+        place = (targets - begin).clamp(0, logits.size(1) - 1)
+        logit = torch.where(targets - begin == place, logits[rows, place], logit)
+    return torch.stack(sums).logsumexp(0)[rows] - logit
 
 
 def ending_losses(model, batch):
     """-> the sum of each ending's token losses, and how many tokens it has, (B, 4) and (B, 4)"""
-    row, place, ending = batch.reads.T
-    x = model.hidden(batch.idx, batch.positions, batch.mask)[row, place]  # only where an ending is read: (reads, C)
-    losses = token_losses(model, x, batch.targets)
+    row, place = batch.places.T
+    x = model.hidden(batch.idx, batch.positions, batch.mask)[row, place]  # only where an ending is read: (places, C)
+    losses = token_losses(model, x, batch.targets, batch.place)
     sums, counts = (torch.zeros(batch.bytes.numel(), device=x.device) for _ in range(2))
-    sums.index_add_(0, row * 4 + ending, losses)
-    counts.index_add_(0, row * 4 + ending, torch.ones_like(losses))
+    sums.index_add_(0, batch.ending, losses)
+    counts.index_add_(0, batch.ending, torch.ones_like(losses))
     return sums.view(-1, 4), counts.view(-1, 4)
 
 
-# By whether the device is CUDA: tokens of a batch, and places whose logits are computed at once
-BUDGET, CHUNK = {False: 1024, True: 16384}, {False: 512, True: 2048}
+# By whether the device is CUDA: tokens of a batch, and ids whose logits are computed at once
+BUDGET, PART = {False: 1024, True: 16384}, {False: 1024, True: 8192}
 
 
 def encode(examples, enc, block_size):

@@ -137,12 +137,13 @@ def reference_attention(q, k, v, mask=None, dropout=0.0):
 
 
 class Linear(nn.Linear):
-    def forward(self, x):
+    def forward(self, x, part=None):
+        weight, bias = (self.weight, self.bias) if part is None else (self.weight[part], None if self.bias is None else self.bias[part])
         # One row at a time, a CPU reads half-precision weights twice as fast. Where it cannot multiply in them, many rows are
         # eight times slower than in float32, so that it pays to widen first.
-        if x.device.type == "cpu" and self.weight.dtype in (torch.bfloat16, torch.float16) and x.numel() >= 8 * x.size(-1) and not cpu_has_bfloat16():
-            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float()).to(x.dtype)
-        return super().forward(x)
+        if x.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16) and x.numel() >= 8 * x.size(-1) and not cpu_has_bfloat16():
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return F.linear(x, weight, bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -275,8 +276,9 @@ class GPT(nn.Module):
                 x = block(x, rotary, mask, cache)
         return self.transformer.ln_f(x)
 
-    def logits(self, x):
-        logits = self.lm_head(x)  # (B, T, C) -> (B, T, vocab)
+    def logits(self, x, part=None):
+        """What the head reads, (..., C) -> logits of the vocabulary, or of the part of it that a slice gives"""
+        logits = self.lm_head(x, part)
         if self.cfg.softcap:
             logits = self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap)
         return logits

@@ -2252,7 +2252,7 @@ def slow_hellaswag(model, enc, examples):
 @pytest.mark.parametrize("budget", [100, 2048])
 def test_hellaswag_equals_a_slow_loop_over_single_endings(monkeypatch, switches, budget):
     monkeypatch.setattr(hellaswag, "BUDGET", {False: budget})
-    monkeypatch.setattr(hellaswag, "CHUNK", {False: 7})
+    monkeypatch.setattr(hellaswag, "PART", {False: 150})  # of 400
     enc, rng = dataset.get_tokenizer(make_bpe(stories(50), 400)), random.Random(0)
     torch.manual_seed(0)
     model = GPT(small(**{**switches, "block_size": 96, "vocab_size": 400}))
