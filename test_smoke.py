@@ -5,6 +5,7 @@ Hermetic: every test makes what it reads, in folders of its own. Those that need
 a peer's sources (NANOGPT=folder, LLMC=folder) skip, with the reason, where these are not at hand.
 """
 import atexit
+import collections
 import contextlib
 import email.utils
 import functools
@@ -1641,6 +1642,46 @@ def test_patience_ends_after_that_many_validations_and_not_at_a_new_best_one(mon
     assert not worn_out(50, 1.9) and not worn_out(50, 2.5, at=40) and worn_out(50, 2.0)
     monkeypatch.setattr(train, "patience", 0)
     assert not worn_out(500, 2.5)
+
+
+def test_a_step_is_left_out_when_its_loss_or_its_norm_stands_out_or_is_not_finite(monkeypatch):
+    monkeypatch.setattr(train, "spike_guard", 5.0)
+    recent = collections.deque(maxlen=train.RECENT + 1)
+    calm = lambda i: (3 + 0.1 * (-1) ** i, 1 - 0.1 * (-1) ** i)
+    reasons = [train.why_left_out(*calm(i), recent) for i in range(train.RECENT)]
+    assert not any(reasons) and not train.why_left_out(*calm(0), recent)
+    assert "loss of 3.7 is 7.0 standard" in train.why_left_out(3.7, 1.0, recent) and not train.why_left_out(2.0, 1.0, recent)
+    assert "gradient norm of 2 is" in train.why_left_out(3.0, 2.0, recent)
+    for loss, norm in ((math.nan, 1.0), (3.0, math.inf)):
+        before = list(recent)
+        assert train.why_left_out(loss, norm, recent) == "its gradient is not finite" and list(recent) == before
+    later = [bool(train.why_left_out(9.0, 1.0, recent)) for _ in range(20)]
+    assert later[0] and not later[-1]  # what stays so is soon no exception
+    monkeypatch.setattr(train, "spike_guard", 0.0)
+    assert not train.why_left_out(1e9, 1e9, recent)
+
+
+def test_a_spike_changes_nothing_also_after_a_resume(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat.\n\n" * 2000)
+    (tmp_path / "b.txt").write_text("".join(random.Random(0).choices("abcdefgh\n", k=40_000)))
+    run = lambda *more: script(here("train.py"), *FAST, "--tokenizer=byte", "--spike_guard=6", "--seed=1", *more, cwd=tmp_path)
+    first = run("--data=a.txt", "--max_steps=140")
+    assert first.returncode == 0 and "changes nothing" not in first.stdout, first.stderr
+    r = run("--data=b.txt", "--new_data", "--resume", "--max_steps=150", "--val_interval=1")
+    assert r.returncode == 0, r.stderr
+    left_out = [int(s) for s in re.findall(r"^step (\d+) changes nothing: its (?:loss|gradient norm) of .* standard deviations above the last 128; the data's windows [\d,]+ to", r.stdout, re.M)]
+    val = {int(line.split()[0]): line.split()[2] for line in open(tmp_path / "log.txt") if " val " in line}
+    assert {140, 141} <= set(left_out) and len(left_out) < 9
+    assert all((val[step] == val[step + 1]) == (step in left_out) for step in range(141, 149))
+
+
+def test_a_run_that_diverges_ends_and_leaves_an_earlier_checkpoint(workspace, tmp_path):
+    options = [*RUNS["fp32"], "--ckpt_interval=1", "--keep=2", f"--out_dir={tmp_path}"]
+    assert script(here("train.py"), *options, "--max_steps=2", cwd=workspace).returncode == 0
+    r = script(here("train.py"), *options, "--resume", "--max_lr=1e30", "--max_steps=60", cwd=workspace)
+    assert r.returncode and "no step from 3 to 22 could change the weights; resume from an earlier checkpoint" in r.stderr.splitlines()[-1]
+    earlier, last = gpt.find_checkpoints(tmp_path)  # the last was saved before its loss could be known
+    assert gpt.checkpoint_step(earlier) == 2 and all(w.abs().max() < 100 for w in gpt.read_checkpoint(earlier)["model"].values())
 
 
 def test_the_distilled_loss_equals_a_sum_over_single_positions(monkeypatch):

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import types
+from collections import deque
 from datetime import timedelta
 
 import dataset
@@ -75,6 +76,7 @@ beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
 grad_clip = 1.0  # the gradient's norm is cut to this; 0: not
+spike_guard = 0.0  # leave out a step whose loss or norm is this many standard deviations above the last 128; 0: never
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16 | float16
 tf32 = True  # on CUDA, float32 matrices are multiplied in TensorFloat-32
@@ -107,6 +109,7 @@ SETTINGS.update(SHAPE)
 
 ALLOWED = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
            "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2"), **gpt.CHOICES}
+RECENT = 128  # steps that a spike is measured against
 OF_ONE_START = ("config", "init_from", "resume", "new_data", "dry_run", "bench")  # not of a run, and so not in checkpoints
 AT_LEAST_ONE = ("total_batch_size", "keep", "val_tokens", "block_size", "n_layer", "n_head", "n_embd")
 
@@ -304,6 +307,22 @@ def get_lr(step):
         return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
     left = min(1.0, (max_steps - step) / max(1, round(cooldown * max_steps)))
     return min_lr + left * (max_lr - min_lr)
+
+
+def why_left_out(loss, norm, recent):
+    """
+    Why a step must not change the weights, or "": it is not finite, or its loss or gradient norm stands out from those of the
+    last RECENT steps (as in llm.c, pull request 637). These then have it among them: a change that stays is soon no exception.
+    """
+    if not math.isfinite(loss + norm):
+        return "its gradient is not finite"
+    recent.append((loss, norm))
+    if spike_guard and len(recent) > RECENT:
+        for name, (*past, value) in zip(("loss", "gradient norm"), zip(*recent)):
+            deviations = (value - statistics.fmean(past)) / (statistics.stdev(past) or math.inf)
+            if deviations > spike_guard:
+                return f"its {name} of {value:.4g} is {deviations:.1f} standard deviations above the last {RECENT}"
+    return ""
 
 
 def improved(step, last_val, best):
@@ -840,11 +859,13 @@ def main():
     # where to begin
     step0, evaluated, totals, board, board_id = 0, False, {"seconds": 0.0, "usd": 0.0}, None, None
     last_val, best = {"step": -1, "val": math.inf}, {"step": -1, "val": math.inf}  # best: of the saved ones
+    recent = deque(maxlen=RECENT + 1)  # (loss, norm) of the last steps
     torch.manual_seed(seed + rank)  # dropout differs between processes
     resuming = ckpt is not None
     if resuming:
         step0, best, totals, evaluated = ckpt["step"], ckpt["best"], ckpt["totals"], ckpt["evaluated"]
         last_val = ckpt.get("last_val", last_val)
+        recent.extend(ckpt.get("recent", ()))
         if step0 > max_steps:
             raise UserError(f"{ckpt['path']} is at step {step0}, past max_steps={max_steps}; raise max_steps")
         loader.load_state_dict(ckpt["loader"])
@@ -940,7 +961,7 @@ def main():
                 "model_config": dataclasses.asdict(raw.cfg),
                 "train_config": {k: globals()[k] for k in SETTINGS if k not in OF_ONE_START},
                 "tokenizer": spec, "template": template, "data_fingerprint": fingerprint, "best": best, "last_val": last_val,
-                "wandb": board and board.id,
+                "recent": list(recent), "wandb": board and board.id,
                 "totals": {**totals, "tokens": step * total_batch_size, "flops": step * total_batch_size * flops_per_token}}, best)
             dataset.say(f"step {step}/{max_steps} | saved {path}")
 
@@ -976,7 +997,8 @@ def main():
             if evaluated and step and due(step, sample_interval) and enc:
                 print_sample(step)
             stop = not evaluated
-        if not bench and (step > step0 and due(step, ckpt_interval) or stop or patience and improved(step, last_val, best)):
+        sound = step > step0 and math.isfinite(loss)  # what has no finite loss must not push out good checkpoints
+        if not bench and (sound and due(step, ckpt_interval) or stop or patience and improved(step, last_val, best)):
             save(step)
         if stop or at_end(step):
             break
@@ -1005,17 +1027,21 @@ def main():
             for group in o.param_groups:
                 group["lr"] = lr
         norm = gather(torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf)).item()
-        loss, stop = total(loss.item(), stop_signal)
-        # A step that is not finite changes nothing. The scaler, where there is one, then tries a smaller scale.
-        bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
+        loss, norm, stop = (n / world_size for n in total(loss.item(), norm, stop_signal))
+        # After a step that is not finite the scaler, where there is one, tries a smaller scale.
+        left_out = why_left_out(loss, norm, recent)
         for o in optimizers:
-            if not bad_steps:
+            if not left_out:
                 scaler.step(o)
             o.zero_grad(set_to_none=True)
         scaler.update()
+        bad_steps = bad_steps + 1 if left_out else 0
+        if left_out and first and not bench:
+            dataset.say(f"step {step} changes nothing: {left_out}; the data's windows {loader.position - sequences * world_size:,} "
+                        f"to {loader.position - 1:,} were in it")
         if bad_steps == 20:
-            raise UserError(f"the gradient was not finite for 20 steps, to step {step} and window {loader.position:,} of the data; "
-                            "the saved checkpoints are good: resume with a lower max_lr, or in --dtype=float32")
+            raise UserError(f"no step from {step - 19} to {step} could change the weights; resume from an earlier checkpoint with a lower max_lr, or in "
+                            "--dtype=float32")
         evaluated = False
 
         times.append(time.perf_counter() - began)
@@ -1026,7 +1052,7 @@ def main():
             rate = total_batch_size / seconds
             mfu = f"{rate * flops_per_token / world_size / peak / 1e12:.4f}" if peak else "n/a"
             usd = {"usd": f"{totals['usd']:.4f}"} if usd_per_gpu_hour else {}
-            record(step, "train", loss / world_size, f"step {step}/{max_steps} | loss {loss / world_size:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+            record(step, "train", loss, f"step {step}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                    f"{seconds * 1000:.0f} ms | {1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | "
                    f"{dataset.clock((max_steps - step) * seconds)} left",
                    lr=f"{lr:.4e}", norm=f"{norm:.4f}", ms=f"{seconds * 1000:.1f}", steps_s=f"{1 / seconds:.4g}", tok_s=f"{rate:.0f}", mfu=mfu, **usd)
