@@ -797,42 +797,75 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column=None, doc_sep
 
     try:
         os.makedirs(out, exist_ok=True)
-        path = lambda name: os.path.join(out, name)
-        manifest = read_manifest(out)
-        if pairs and (strict or manifest is None):
-            check_pairs(pairs, strict)
-        if manifest is not None:
-            check_settings(out, manifest["settings"], settings)
-            if os.path.exists(path(PROGRESS)):
-                os.remove(path(PROGRESS))
-            say(f"{out} is complete: {count_line(manifest['shards'])}")
-            return out
-        progress = read_json(path(PROGRESS))
-        if progress and "sources" not in progress:
-            raise UserError(f"{out} was begun by another version of dataset.py; remove it and start again")
-        if progress and (progress["shards"] or progress["settings"] == settings):
-            check_settings(out, progress["settings"], settings)
-        elif progress is None and (strangers := [f for f in os.listdir(out) if f.endswith((".bin", ".npy"))]):
-            raise UserError(f"{out} already holds {strangers[0]}, which this command did not write; choose another --out")
-        else:
-            if os.path.exists(path(TOKENIZER)):
-                os.remove(path(TOKENIZER))
-            progress = dict(settings=settings, sources=[dict(state=None, pieces=0, taken=0, tokens=0) for _ in sources], shards=[])
-            write_json(path(PROGRESS), progress)
-        enc, spec = prepare_tokenizer(sources, tokenizer, special, bpe_bytes, path(TOKENIZER))
-        template = chat_template(enc) if pairs else None
-        tokenize(sources, enc, out, progress, workers, size, expected, template)
-        if not any(s["split"] == "train" for s in progress["shards"]):
-            raise UserError(f"{source} holds too little text to divide into train and val" if progress["shards"] else f"{source} holds no text")
-        write_json(path(MANIFEST), dict(
-            version=MANIFEST_VERSION, source=settings["source"], settings=settings,
-            tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)), vocab_size=enc.n_vocab, eot=enc.eot_token,
-            **{"template": template} if pairs else {}, shards=progress["shards"]))
-        os.remove(path(PROGRESS))
+        with alone(out):
+            path = lambda name: os.path.join(out, name)
+            manifest = read_manifest(out)
+            if pairs and (strict or manifest is None):
+                check_pairs(pairs, strict)
+            if manifest is not None:
+                check_settings(out, manifest["settings"], settings)
+                if os.path.exists(path(PROGRESS)):
+                    os.remove(path(PROGRESS))
+                verify(out, manifest["shards"])
+                say(f"{out} is complete: {count_line(manifest['shards'])}")
+                return out
+            progress = read_json(path(PROGRESS))
+            if progress and "sources" not in progress:
+                raise UserError(f"{out} was begun by another version of dataset.py; remove it and start again")
+            if progress and (progress["shards"] or progress["settings"] == settings):
+                check_settings(out, progress["settings"], settings)
+            elif progress is None and (strangers := [f for f in os.listdir(out) if f.endswith((".bin", ".npy"))]):
+                raise UserError(f"{out} already holds {strangers[0]}, which this command did not write; choose another --out")
+            else:
+                if os.path.exists(path(TOKENIZER)):
+                    os.remove(path(TOKENIZER))
+                progress = dict(settings=settings, sources=[dict(state=None, pieces=0, taken=0, tokens=0) for _ in sources], shards=[])
+                write_json(path(PROGRESS), progress)
+            enc, spec = prepare_tokenizer(sources, tokenizer, special, bpe_bytes, path(TOKENIZER))
+            template = chat_template(enc) if pairs else None
+            tokenize(sources, enc, out, progress, workers, size, expected, template)
+            if not any(s["split"] == "train" for s in progress["shards"]):
+                raise UserError(f"{source} holds too little text to divide into train and val" if progress["shards"] else f"{source} holds no text")
+            write_json(path(MANIFEST), dict(
+                version=MANIFEST_VERSION, source=settings["source"], settings=settings,
+                tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)), vocab_size=enc.n_vocab, eot=enc.eot_token,
+                **{"template": template} if pairs else {}, shards=progress["shards"]))
+            os.remove(path(PROGRESS))
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
     say(f"{out}: {count_line(progress['shards'])}")
     return out
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Keeps a second process from preparing a folder. The lock goes when its process does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is being prepared by another process; wait for it, or choose another --out") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def verify(folder, shards):
+    """Reads what a manifest vouches for once more: a disk, or a hand, may have changed it since."""
+    done, show = 0, meter("tokens checked", sum(s["tokens"] for s in shards))
+    for shard in shards:
+        path = os.path.join(folder, shard["file"])
+        for key, read in (("crc32", read_shard), ("mask_crc32", read_mask)):
+            if key in shard and zlib.crc32(np.ascontiguousarray(read(path))) != shard[key]:
+                raise UserError(f"{path} is not what was written, by its checksum; remove {folder} and prepare it again")
+        done += shard["tokens"]
+        show(done)
 
 
 def prepare_tokenizer(sources, name, special, bpe_bytes, path):

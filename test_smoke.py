@@ -839,6 +839,29 @@ def test_custom_gpts_tokenizer_has_its_special_tokens(hub):
     assert enc.special_tokens_set == {"<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="needs fcntl, which Windows has not")
+def test_two_preparations_of_one_folder_do_not_meet(workspace, tmp_path):
+    prepare = lambda: dataset.prepare(str(workspace / "t.txt"), "byte", out=str(tmp_path / "d"))
+    os.makedirs(tmp_path / "d")
+    with dataset.alone(tmp_path / "d"):
+        with pytest.raises(dataset.UserError, match="is being prepared by another process"):
+            prepare()
+        assert not os.listdir(tmp_path / "d")
+    prepare()
+
+
+@pytest.mark.parametrize("changed", ["train_000000.bin", "train_000000.mask"])
+def test_a_shard_that_is_not_what_was_written_is_found_when_its_data_is_asked_for_again(workspace, tmp_path, changed):
+    prepare = lambda: dataset.prepare(str(workspace / "pairs.jsonl"), "byte", out=str(tmp_path / "d"))
+    prepare()
+    prepare()
+    raw = bytearray((tmp_path / "d" / changed).read_bytes())
+    raw[-100] ^= 1
+    (tmp_path / "d" / changed).write_bytes(raw)
+    with pytest.raises(dataset.UserError, match="train_000000.bin is not what was written"):
+        prepare()
+
+
 def test_a_source_with_an_address_is_downloaded_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plays.txt").write_text("First Citizen:\nSpeak.\n\nAll:\nSpeak, speak.\n" * 50)
