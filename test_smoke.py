@@ -1707,6 +1707,16 @@ def test_a_run_that_diverges_ends_and_leaves_an_earlier_checkpoint(workspace, tm
     assert gpt.checkpoint_step(earlier) == 2 and all(w.abs().max() < 100 for w in gpt.read_checkpoint(earlier)["model"].values())
 
 
+@pytest.mark.parametrize("seconds, hinted", [(0.0, False), (0.6, True)])
+def test_processes_that_do_not_meet_are_told_what_to_look_at(monkeypatch, capsys, seconds, hinted):
+    monkeypatch.setattr(train, "LATE", 0.3)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: time.sleep(seconds))
+    monkeypatch.setattr(train.dist, "all_reduce", lambda t: None)
+    train.meet(torch.device("cpu"))
+    time.sleep(0.4)
+    assert ("NCCL_SOCKET_IFNAME" in capsys.readouterr().err) == hinted
+
+
 def test_the_distilled_loss_equals_a_sum_over_single_positions(monkeypatch):
     for name, value in (("distill_alpha", 0.3), ("distill_temperature", 2.0)):
         monkeypatch.setattr(train, name, value)

@@ -25,6 +25,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections import deque
@@ -109,6 +110,7 @@ SETTINGS.update(SHAPE)
 
 ALLOWED = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
            "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2"), **gpt.CHOICES}
+LATE = 60  # seconds after which processes that have not met are asked after
 RECENT = 128  # steps that a spike is measured against
 OF_ONE_START = ("config", "init_from", "resume", "new_data", "dry_run", "bench")  # not of a run, and so not in checkpoints
 AT_LEAST_ONE = ("total_batch_size", "keep", "val_tokens", "block_size", "n_layer", "n_head", "n_embd")
@@ -743,6 +745,18 @@ def request_stop(signum, frame):
         print("\nstopping: the step is finished and saved first", file=sys.stderr, flush=True)
 
 
+def meet(where):
+    """Processes that cannot reach one another hang in their first collective, and say nothing: so one comes before all work."""
+    hint = threading.Timer(LATE, lambda: print(
+        f"train.py: some processes are not here after {LATE} s. If all have started: on several machines, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME "
+        "name the network they share; on one, NCCL_P2P_DISABLE=1 may help; NCCL_DEBUG=INFO tells more", file=sys.stderr, flush=True))
+    hint.daemon = True
+    hint.start()
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    dist.all_reduce(torch.zeros(1, device=where))
+    hint.cancel()
+
+
 # -- the run, from top to bottom
 
 def main():
@@ -765,7 +779,7 @@ def main():
         return plan(world_size, sequences, raw, own) if first else None
     where = gpt.pick_device(device, local_rank)
     if world_size > 1:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        meet(where)
     wait = dist.barrier if world_size > 1 else lambda: None
 
     def total(*numbers):
