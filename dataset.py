@@ -78,8 +78,7 @@ class UserError(Exception):
 
 def get_tokenizer(spec="gpt2"):
     """A name, a path to tokenizer.json (or its folder), or a spec -> tiktoken.Encoding"""
-    if isinstance(spec, str):
-        spec = tokenizer_spec(spec)
+    spec = tokenizer_spec(spec)
     if spec["name"] == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
@@ -95,6 +94,8 @@ def get_tokenizer(spec="gpt2"):
 
 
 def tokenizer_spec(name):
+    if isinstance(name, dict):
+        return name
     if name in ("gpt2", "byte"):
         return {"name": name}
     if bpe_size(name):
@@ -113,8 +114,8 @@ def tokenizer_spec(name):
 
 
 def bpe_size(name):
-    """"bpe:4096" -> 4096, None for other names. The size counts bytes, merges and special tokens."""
-    m = re.fullmatch(r"bpe:(\d[\d_]*)", name)
+    """"bpe:4096" -> 4096, None for other names and for specs. The size counts bytes, merges and special tokens."""
+    m = isinstance(name, str) and re.fullmatch(r"bpe:(\d[\d_]*)", name)
     if not m:
         return None
     n = int(m[1].replace("_", ""))
@@ -790,7 +791,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column=None, doc_sep
         source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer if isinstance(tokenizer, str) else tokenizer["name"],
         column=None if pairs else column or "text", doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
         weights=[s.weight for s in sources] if len(sources) > 1 else None, max_bytes=max_bytes, splits=splits)
-    if isinstance(tokenizer, str) and bpe_size(tokenizer):
+    if bpe_size(tokenizer):
         settings.update(special=list(special), bpe_bytes=bpe_bytes)
     else:
         settings.update(tokenizer_fingerprint=tokenizer_fingerprint(get_tokenizer(tokenizer)))
@@ -870,7 +871,7 @@ def verify(folder, shards):
 
 def prepare_tokenizer(sources, name, special, bpe_bytes, path):
     """The tokenizer and its spec; a BPE is trained unless an interrupted run already did."""
-    size = bpe_size(name) if isinstance(name, str) else None
+    size = bpe_size(name)
     if size and not os.path.exists(path):
         if size < 256 + len(special):
             raise UserError(f"tokenizer {name} has no room for 256 bytes and {len(special)} special tokens")
@@ -881,7 +882,7 @@ def prepare_tokenizer(sources, name, special, bpe_bytes, path):
             say(f"the text has only {len(merges)} pairs to merge: the tokenizer is smaller than {name}")
         spec = dict(name=name, merges=[[a.decode("latin-1"), b.decode("latin-1")] for a, b in merges], special=list(special))
     else:
-        spec = tokenizer_spec(path if size else name) if isinstance(name, str) else name
+        spec = tokenizer_spec(path if size else name)
     enc = get_tokenizer(spec)
     if enc.n_vocab > 2**16:
         raise UserError(f"tokenizer {spec['name']} has {enc.n_vocab:,} tokens; uint16 shards hold 65,536 at most")

@@ -377,8 +377,8 @@ def peak_memory_gb(device):
 
 # -- the data and the model
 
-def open_data(is_first, wait, spec):
-    """-> the folder of shards; a file is tokenized into one first. `spec` is the model's own tokenizer, where there is a model."""
+def open_data(is_first, wait, choice):
+    """-> the folder of shards; a file is tokenized into one first, by the tokenizer of this name, or spec"""
     if os.path.isdir(data):
         return data
     if not os.path.isfile(data):
@@ -387,17 +387,17 @@ def open_data(is_first, wait, spec):
             f"make it with: python dataset.py --source={source}; or try --recipe=tiny, which needs none" if source in dataset.SOURCES
             else "name a folder that dataset.py wrote, or a file of text or pairs"))
     if is_first:
-        dataset.prepare(data, spec if spec and tokenizer == "model" else tokenizer, out=text_folder(spec))
+        dataset.prepare(data, choice, out=text_folder(choice))
     wait()
-    return text_folder(spec)
+    return text_folder(choice)
 
 
-def text_folder(spec=None):
+def text_folder(choice):
     """Where the shards of a file go: one text may be wanted in several tokenizers."""
-    stem, kind = (os.path.splitext(os.path.basename(p))[0] for p in (data, spec["name"] if spec and tokenizer == "model" else tokenizer))
+    stem, kind = (os.path.splitext(os.path.basename(p))[0] for p in (data, choice if isinstance(choice, str) else choice["name"]))
     kind = re.sub(r"[^a-z0-9]+", "", kind.lower())
-    if spec and tokenizer == "model" and "merges" in spec:  # two models can have two tokenizers of one name
-        kind += "-" + dataset.tokenizer_fingerprint(dataset.get_tokenizer(spec))[:6]
+    if isinstance(choice, dict) and "merges" in choice:  # two models can have two tokenizers of one name
+        kind += "-" + dataset.tokenizer_fingerprint(dataset.get_tokenizer(choice))[:6]
     return os.path.join("data", f"{stem}-{kind}")
 
 
@@ -453,12 +453,11 @@ def new_model(n_tokens):
     return GPT(GPTConfig(**shape, n_tokens=n_tokens))
 
 
-def expected_tokens(folder, spec):
+def expected_tokens(folder, choice):
     """The size of the vocabulary, without the data."""
     if manifest := dataset.read_manifest(folder):
         return manifest["vocab_size"]
-    name = spec["name"] if spec else tokenizer
-    return {"gpt2": gpt.GPT2_TOKENS, "byte": 257}.get(name) or not spec and dataset.bpe_size(name) or dataset.get_tokenizer(spec or name).n_vocab
+    return gpt.GPT2_TOKENS if choice in ("gpt2", {"name": "gpt2"}) else dataset.bpe_size(choice) or dataset.get_tokenizer(choice).n_vocab
 
 
 def make_optimizers(model, device):
@@ -654,9 +653,9 @@ def describe(model, world_size, sequences, n_windows, where, about=""):
     print(f"device: {where}", flush=True)
 
 
-def plan(world_size, sequences, model, spec):
+def plan(world_size, sequences, model, choice):
     """--dry_run: the same, and what it costs, without weights, data or device."""
-    folder = data if os.path.isdir(data) else text_folder(spec)
+    folder = data if os.path.isdir(data) else text_folder(choice)
     source = dataset.SOURCES.get(os.path.basename(data), {})
     about, n_windows = "", 0
     if dataset.read_manifest(folder):
@@ -666,7 +665,7 @@ def plan(world_size, sequences, model, spec):
         about = "" if max_steps else "about "
     set_steps(n_windows, sequences * world_size)
     with torch.device("meta"):
-        model = model or new_model(expected_tokens(folder, spec))
+        model = model or new_model(expected_tokens(folder, choice))
     describe(model, world_size, sequences, n_windows, "none: a dry run", about)
     # All in float32. AdamW has two moments, Muon one; zero2 holds its share of the weights beside all of them.
     n = model.param_counts()["total"]
@@ -774,9 +773,10 @@ def main():
     if zero2 and (optimizer != "adamw" or compile == "true"):
         raise UserError("parallel=zero2 goes with optimizer=adamw, and without compile")
     raw, own = initial_model(asked) if init_from and not ckpt else (None, ckpt and ckpt["tokenizer"])  # own: the model's tokenizer
+    choice = own if own and tokenizer == "model" else tokenizer  # what a file is tokenized by
     sequences = divide_batch(world_size)  # a process and step
     if dry_run:
-        return plan(world_size, sequences, raw, own) if first else None
+        return plan(world_size, sequences, raw, choice) if first else None
     where = gpt.pick_device(device, local_rank)
     if world_size > 1:
         meet(where)
@@ -806,11 +806,11 @@ def main():
     n_windows, held_out = 0, {}  # split -> its loader, and how many of its windows are judged
     if bench:
         spec, enc, fingerprint, template = None, None, None, None
-        n_tokens = expected_tokens(data if os.path.isdir(data) else text_folder(own), own)
+        n_tokens = expected_tokens(data if os.path.isdir(data) else text_folder(choice), choice)
         batch = torch.randint(n_tokens, (2, sequences, block_size), device=where)
         batch = torch.cat((batch, torch.zeros_like(batch[:1]))) if doc_mask else batch
     else:
-        folder = open_data(first, wait, own)
+        folder = open_data(first, wait, choice)
         loader = DataLoader(folder, "train", sequences, block_size, rank, world_size, seed, stride, device=where, doc_mask=doc_mask)
         spec, enc, fingerprint = data_tokenizer(folder, loader)
         template = (loader.manifest or {}).get("template")  # of a chat, where the data are pairs
