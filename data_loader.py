@@ -92,6 +92,15 @@ class DataLoader:
         """How many tokens the next n windows, of all processes, have to teach"""
         return int(self.row_learned[self.order(self.position, n)].sum()) if self.has_pairs else n * self.T
 
+    def places(self, n, shown=4):
+        """Where the last n windows, of all processes, begin: "d/train_000000.bin at token 4,096, ... and 508 more" """
+        begins = []
+        for i in self.order(self.position - n, n)[:shown]:
+            at = int(self.begins[self.rows[i][0]] if self.has_pairs else i * self.stride)
+            shard = bisect.bisect_right(self.ends, at)
+            begins.append(f"{self.paths[shard]} at token {at - self.ends[shard] + len(self.shards[shard]):,}")
+        return ", ".join(begins) + f" and {n - shown} more" * (n > shown)
+
     def read(self, indices):
         """-> (2 or 3, n, T) int64"""
         batch = np.stack([self.read_pairs(i) if self.has_pairs else self.read_window(i) for i in indices], axis=1)

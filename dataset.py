@@ -510,9 +510,10 @@ def fetch(url, path, sha256=None):
         if length and os.path.getsize(part) != have + int(length):
             raise OSError("the connection was cut; run again to go on")
         with open(part, "rb") as f:
-            if sha256 and hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-                os.remove(part)
-                raise OSError("what came is not the file that is known by that address")
+            digest = sha256 and hashlib.file_digest(f, "sha256").hexdigest()
+        if digest != sha256:
+            os.remove(part)
+            raise OSError("what came is not the file that is known by that address")
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as e:
         if getattr(e, "code", None) == 416:  # there is nothing after what is here: it is whole, or of an older file
@@ -840,7 +841,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column=None, doc_sep
 
 @contextlib.contextmanager
 def alone(folder):
-    """Keeps a second process from preparing a folder. The lock goes when its process does."""
+    """Has a second process of this machine wait until a folder is prepared. The lock goes when its process does."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -851,7 +852,10 @@ def alone(folder):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder} is being prepared by another process; wait for it, or choose another --out") from None
+            say(f"{folder}: waiting for another process that prepares it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
         os.close(lock)
@@ -862,9 +866,9 @@ def verify(folder, shards):
     done, show = 0, meter("tokens checked", sum(s["tokens"] for s in shards))
     for shard in shards:
         path = os.path.join(folder, shard["file"])
-        for key, read in (("crc32", read_shard), ("mask_crc32", read_mask)):
-            if key in shard and zlib.crc32(np.ascontiguousarray(read(path))) != shard[key]:
-                raise UserError(f"{path} is not what was written, by its checksum; remove {folder} and prepare it again")
+        for key, read, name in (("crc32", read_shard, path), ("mask_crc32", read_mask, mask_path(path))):
+            if key in shard and zlib.crc32(read(path)) != shard[key]:
+                raise UserError(f"{name} is not what was written, by its checksum; remove {folder} and prepare it again")
         done += shard["tokens"]
         show(done)
 
@@ -1310,7 +1314,8 @@ def say(line, again=False):
 def meter(unit, total, begun=0):
     """
     -> a function that is told how many are done, of which `begun` were before, and says so with the rate and the time left:
-    five times a second on a terminal, every ten seconds into a file. Its news, a function of nothing, is asked only then.
+    five times a second on a terminal, every ten seconds on stderr where stdout is a file. Its news, a function of nothing, is
+    asked only then.
     """
     started = shown = time.monotonic()
 
@@ -1319,7 +1324,8 @@ def meter(unit, total, begun=0):
         if (now := time.monotonic()) - shown > (0.2 if sys.stdout.isatty() else 10):
             shown, rate, more = now, (done - begun) / (now - started), news()
             ahead = f", {clock((total - done) / rate)} left" if rate else ""
-            say(f"{done:,}/{total:,} {unit}, {rate:,.1f}/s{ahead}{'; ' * bool(more)}{more}", again=True)
+            line = f"{done:,}/{total:,} {unit}, {rate:,.1f}/s{ahead}{'; ' * bool(more)}{more}"
+            say(line, again=True) if sys.stdout.isatty() else print(line, file=sys.stderr, flush=True)
 
     return show
 

@@ -531,11 +531,12 @@ def load_weights(model, weights, source):
 def download(name):
     """The local folder of a Hugging Face model, fetched if need be."""
     from huggingface_hub import snapshot_download  # comes with datasets
+    from huggingface_hub.errors import HFValidationError
     name = name if "/" in name else "openai-community/" + name
     weights = "model.safetensors" if importlib.util.find_spec("safetensors") else "pytorch_model.bin"
     try:
         return snapshot_download(name, allow_patterns=["config.json", weights])
-    except ValueError:  # not a name that the hub could have
+    except HFValidationError:
         raise UserError(f"there is no {name}; name a checkpoint, a run's or a Hugging Face folder, or a model of the hub, owner/name") from None
     except Exception as e:  # a dozen types, from two libraries: no network, no such model, no permission
         raise UserError(f"cannot get {name} from the Hugging Face hub ({type(e).__name__}); "

@@ -110,7 +110,7 @@ SETTINGS.update(SHAPE)
 
 ALLOWED = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
            "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2"), **gpt.CHOICES}
-LATE = 60  # seconds after which processes that have not met are asked after
+LATE = 60  # seconds until processes that have not met get a hint
 RECENT = 128  # steps that a spike is measured against
 OF_ONE_START = ("config", "init_from", "resume", "new_data", "dry_run", "bench")  # not of a run, and so not in checkpoints
 AT_LEAST_ONE = ("total_batch_size", "keep", "val_tokens", "block_size", "n_layer", "n_head", "n_embd")
@@ -314,10 +314,10 @@ def get_lr(step):
 def why_left_out(loss, norm, recent):
     """
     Why a step must not change the weights, or "": it is not finite, or its loss or gradient norm stands out from those of the
-    last RECENT steps (as in llm.c, pull request 637). These then have it among them: a change that stays is soon no exception.
+    last RECENT steps (as in llm.c, pull request 637). Puts it among these: a change that stays is soon no exception.
     """
     if not math.isfinite(loss + norm):
-        return "its gradient is not finite"
+        return "its loss or gradient is not finite"
     recent.append((loss, norm))
     if spike_guard and len(recent) > RECENT:
         for name, (*past, value) in zip(("loss", "gradient norm"), zip(*recent)):
@@ -579,8 +579,8 @@ def checkpoint_path(step):
     return os.path.join(out_dir, "checkpoints", f"model_{step:06d}.pt")
 
 
-def save_checkpoint(state, best):
-    """Complete under its name, or not there at all. The newest few stay, and the best."""
+def save_checkpoint(state, best, sound):
+    """Complete under its name, or not there at all. The newest few stay, and the best; all do while the run is not sound."""
     path = checkpoint_path(state["step"])
     try:
         with open(path + ".tmp", "wb") as f:
@@ -590,7 +590,7 @@ def save_checkpoint(state, best):
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as e:  # torch raises the latter when a disk is full
         raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; the checkpoints before it are good") from None
-    for old in gpt.find_checkpoints(out_dir)[:-keep]:
+    for old in gpt.find_checkpoints(out_dir)[:-keep] if sound else ():
         if gpt.checkpoint_step(old) != best["step"]:
             os.remove(old)
     return path
@@ -752,7 +752,9 @@ def meet(where):
     hint.daemon = True
     hint.start()
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    dist.all_reduce(torch.zeros(1, device=where))
+    met = torch.zeros(1, device=where)
+    dist.all_reduce(met)
+    met.item()  # on CUDA, it has only been asked for before
     hint.cancel()
 
 
@@ -976,7 +978,7 @@ def main():
                 "train_config": {k: globals()[k] for k in SETTINGS if k not in OF_ONE_START},
                 "tokenizer": spec, "template": template, "data_fingerprint": fingerprint, "best": best, "last_val": last_val,
                 "recent": list(recent), "wandb": board and board.id,
-                "totals": {**totals, "tokens": step * total_batch_size, "flops": step * total_batch_size * flops_per_token}}, best)
+                "totals": {**totals, "tokens": step * total_batch_size, "flops": step * total_batch_size * flops_per_token}}, best, sound=not bad_steps)
             dataset.say(f"step {step}/{max_steps} | saved {path}")
 
     examples = None
@@ -1011,8 +1013,7 @@ def main():
             if evaluated and step and due(step, sample_interval) and enc:
                 print_sample(step)
             stop = not evaluated
-        sound = step > step0 and math.isfinite(loss)  # what has no finite loss must not push out good checkpoints
-        if not bench and (sound and due(step, ckpt_interval) or stop or patience and improved(step, last_val, best)):
+        if not bench and (step > step0 and due(step, ckpt_interval) or stop or patience and improved(step, last_val, best)):
             save(step)
         if stop or at_end(step):
             break
@@ -1042,7 +1043,6 @@ def main():
                 group["lr"] = lr
         norm = gather(torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf)).item()
         loss, norm, stop = (n / world_size for n in total(loss.item(), norm, stop_signal))
-        # After a step that is not finite the scaler, where there is one, tries a smaller scale.
         left_out = why_left_out(loss, norm, recent)
         for o in optimizers:
             if not left_out:
@@ -1050,12 +1050,11 @@ def main():
             o.zero_grad(set_to_none=True)
         scaler.update()
         bad_steps = bad_steps + 1 if left_out else 0
-        if left_out and first and not bench:
-            dataset.say(f"step {step} changes nothing: {left_out}; the data's windows {loader.position - sequences * world_size:,} "
-                        f"to {loader.position - 1:,} were in it")
+        overflow = scaler.is_enabled() and not math.isfinite(norm)  # its normal work: it tries a smaller scale
+        if left_out and first and not bench and not overflow:
+            dataset.say(f"step {step} is left out: {left_out}; its data: {loader.places(sequences * world_size)}")
         if bad_steps == 20:
-            raise UserError(f"no step from {step - 19} to {step} could change the weights; resume from an earlier checkpoint with a lower max_lr, or in "
-                            "--dtype=float32")
+            raise UserError(f"every step from {step - 19} to {step} was left out; resume from an earlier checkpoint with a lower max_lr, or in --dtype=float32")
         evaluated = False
 
         times.append(time.perf_counter() - began)
