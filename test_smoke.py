@@ -1043,6 +1043,14 @@ def test_a_named_column_makes_a_text_of_a_file_of_pairs(tmp_path):
 
 
 @contextlib.contextmanager
+def serving(handler):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextlib.contextmanager
 def stub_server(answer):
     """A server of chat completions. answer(prompt, n) of the n-th request: (status, headers, body), or None to hang up.  -> its address, and the requests' prompts, keys, and times"""
     asked = []
@@ -1064,10 +1072,8 @@ def stub_server(answer):
         def log_message(self, *args):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-        server.shutdown()
+    with serving(Handler) as url:
+        yield f"{url}/v1", asked
 
 
 def completion(prompt):
@@ -1267,6 +1273,14 @@ def test_the_order_depends_neither_on_processes_nor_on_the_micro_batch(shards):
         loaders = [DataLoader(shards, "train", B, 16, rank, world_size) for rank in range(world_size)]
         return [row for _ in range(240 // (B * world_size)) for loader in loaders for row in loader.next_batch()[0][:, 0].tolist()]
     assert order(1, 1) == order(12, 1) == order(5, 2) == order(10, 8) != DataLoader(shards, "train", 240, 16, seed=1).next_batch()[0][:, 0].tolist()
+
+
+def test_the_places_of_a_steps_data_are_where_its_windows_begin(shards):
+    loaders = [DataLoader(shards, "train", 15, 16, rank, 2, stride=7) for rank in range(2)]
+    windows = [row for loader in loaders for row in loader.next_batch()[0][:, 0].tolist()]
+    places = re.findall(r"(\S+) at token ([\d,]+)", loaders[0].places(30, shown=30))
+    assert [dataset.read_shard(path)[int(at.replace(",", ""))] for path, at in places] == windows and len({path for path, _ in places}) > 1
+    assert loaders[0].places(30).endswith(" and 26 more") and "more" not in loaders[0].places(4)
 
 
 @pytest.mark.parametrize("stride", [1, 7, 16, 40])
@@ -1700,7 +1714,7 @@ def test_a_spike_changes_nothing_also_after_a_resume(tmp_path):
 
 
 def test_a_run_that_diverges_ends_and_leaves_a_good_checkpoint(workspace, tmp_path):
-    options = [*RUNS["fp32"], "--ckpt_interval=1", "--keep=2", f"--out_dir={tmp_path}"]
+    options = [*RUNS["fp32"], "--val_interval=0", "--ckpt_interval=1", "--keep=2", f"--out_dir={tmp_path}"]
     assert script(here("train.py"), *options, "--max_steps=2", cwd=workspace).returncode == 0
     r = script(here("train.py"), *options, "--resume", "--max_lr=1e30", "--max_steps=60", cwd=workspace)
     assert r.returncode and "every step from 3 to 22 was left out; resume from an earlier checkpoint" in r.stderr.splitlines()[-1]
@@ -2283,15 +2297,32 @@ def test_an_interrupted_download_goes_on(tmp_path):
         def log_message(self, *args):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        fetch = lambda: dataset.fetch(f"http://127.0.0.1:{server.server_port}/f", str(tmp_path / "d/f"), hashlib.sha256(content).hexdigest())
+    with serving(Handler) as url:
+        fetch = lambda: dataset.fetch(f"{url}/f", str(tmp_path / "d/f"), hashlib.sha256(content).hexdigest())
         with pytest.raises(dataset.UserError, match="cut; run again"):
             fetch()
         assert not (tmp_path / "d/f").exists()
         fetch()
-        server.shutdown()
     assert asked == [None, "bytes=120000-"] and (tmp_path / "d/f").read_bytes() == content
+
+
+def test_a_download_begun_with_more_than_there_is_begins_anew_and_is_checked(tmp_path):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(416 if self.headers["Range"] else 200)
+            self.send_header("Content-Length", "0" if self.headers["Range"] else "5")
+            self.end_headers()
+            self.wfile.write(b"" if self.headers["Range"] else b"right")
+
+        log_message = lambda *args: None
+
+    with serving(Handler) as url:
+        for content, good in ((b"right", True), (b"wrong", False)):
+            path = tmp_path / content.decode()
+            path.with_suffix(".part").write_bytes(b"of an older, longer file")
+            with contextlib.nullcontext() if good else pytest.raises(dataset.UserError, match="not the file that is known"):
+                dataset.fetch(f"{url}/f", str(path), hashlib.sha256(content).hexdigest())
+            assert path.exists() == good
 
 
 def test_a_download_that_is_not_the_known_file_is_refused_and_not_kept(tmp_path, monkeypatch):
