@@ -9,7 +9,6 @@ Three measures of an ending are in use, and give three scores: the sum of its to
 its acc_norm where a character is a byte). The text is taken as it stands; lm-evaluation-harness's own task cleans it first.
 """
 import json
-import os
 import sys
 
 import dataset
@@ -19,7 +18,6 @@ if __name__ == "__main__":
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import model as gpt
 from dataset import UserError
@@ -107,8 +105,9 @@ class Batch:
         L = self.idx.size(1)
         same = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, asking, asked)
         self.mask = (same & torch.ones(L, L, dtype=torch.bool, device=device).tril())[:, None]  # (B, 1, L, L)
-        row, place, ending = torch.tensor(reads).T  # four of an example's reads have one place, the context's last: (places,), (reads,)
-        self.places, self.place = (t.to(device) for t in torch.unique(row * L + place, return_inverse=True))
+        row, place, ending = torch.tensor(reads).T
+        # (places,), and for each read which of these it is, (reads,): four of an example's share one, the context's last
+        self.places, self.reads = (t.to(device) for t in torch.unique(row * L + place, return_inverse=True))
         self.ending, self.targets = (row * 4 + ending).to(device), torch.tensor(targets, device=device)
         self.bytes = torch.tensor([n for _, _, n, _ in examples], device=device)  # (B, 4)
         self.labels = torch.tensor([label for *_, label in examples], device=device)
@@ -124,15 +123,15 @@ def token_losses(model, x, targets, rows=None):
     for begin in range(0, model.cfg.vocab_size, size):
         logits = model.logits(x, slice(begin, begin + size)).float()
         sums.append(logits.logsumexp(1))
-        place = (targets - begin).clamp(0, logits.size(1) - 1)
-        logit = torch.where(targets - begin == place, logits[rows, place], logit)
+        column = (targets - begin).clamp(0, logits.size(1) - 1)
+        logit = torch.where(targets - begin == column, logits[rows, column], logit)  # of the part that has the target
     return torch.stack(sums).logsumexp(0)[rows] - logit
 
 
 def ending_losses(model, batch):
     """-> the sum of each ending's token losses, and how many tokens it has, (B, 4) and (B, 4)"""
     x = model.hidden(batch.idx, batch.positions, batch.mask).flatten(0, 1)[batch.places]  # only where an ending is read: (places, C)
-    losses = token_losses(model, x, batch.targets, batch.place)
+    losses = token_losses(model, x, batch.targets, batch.reads)
     sums, counts = (torch.zeros(batch.bytes.numel(), device=x.device) for _ in range(2))
     sums.index_add_(0, batch.ending, losses)
     counts.index_add_(0, batch.ending, torch.ones_like(losses))

@@ -42,7 +42,7 @@ import model as gpt
 import plot
 import train
 from data_loader import DataLoader, cut, pack, permute
-from model import CONFIGS, GPT, GPTConfig
+from model import GPT, GPTConfig
 
 SHARED = os.path.join(HERE, "..", "shared")
 WIKITEXT, HELLASWAG = os.path.join(SHARED, "text/wikitext2-valid.txt"), os.path.join(SHARED, "hellaswag/hellaswag_val_1000.jsonl")
@@ -525,7 +525,7 @@ def test_bpe_merges_are_those_of_hugging_face_but_for_ties():
     theirs.train_from_iterator([text], vocab_size=256 + 500, min_frequency=1, show_progress=False)
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(theirs._tokenizer.to_str())["model"]["merges"]]
     words = Counter(tuple(w.replace(" ", "Ġ").replace("\n", "Ċ")) for w in regex.findall(dataset.GPT2_SPLIT, text))
-    ours, same = dataset.train_bpe([text], 256 + 501), 0
+    ours = dataset.train_bpe([text], 256 + 501)
     assert text.isascii() and len(merges) == len(ours) == 500
     for theirs, (a, b) in zip(merges, ours):
         pairs = Counter()

@@ -110,10 +110,10 @@ SETTINGS.update(SHAPE)
 
 ALLOWED = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
            "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2"), **gpt.CHOICES}
-LATE = 60  # seconds until processes that have not met get a hint
-RECENT = 128  # steps that a spike is measured against
 OF_ONE_START = ("config", "init_from", "resume", "new_data", "dry_run", "bench")  # not of a run, and so not in checkpoints
 AT_LEAST_ONE = ("total_batch_size", "keep", "val_tokens", "block_size", "n_layer", "n_head", "n_embd")
+LATE = 60  # seconds until processes that have not met get a hint
+RECENT = 128  # steps that a spike is measured against
 
 RECIPES = {
     "gpt2": {},
@@ -1050,8 +1050,8 @@ def main():
             o.zero_grad(set_to_none=True)
         scaler.update()
         bad_steps = bad_steps + 1 if left_out else 0
-        overflow = scaler.is_enabled() and not math.isfinite(norm)  # its normal work: it tries a smaller scale
-        if left_out and first and not bench and not overflow:
+        # With a scaler an overflow is nothing to tell of: it tries a smaller scale.
+        if left_out and first and not bench and (math.isfinite(norm) or not scaler.is_enabled()):
             dataset.say(f"step {step} is left out: {left_out}; its data: {loader.places(sequences * world_size)}")
         if bad_steps == 20:
             raise UserError(f"every step from {step - 19} to {step} was left out; resume from an earlier checkpoint with a lower max_lr, or in --dtype=float32")
