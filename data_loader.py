@@ -1,172 +1,91 @@
 """
-Token shards in, batches out, in an order that is a pure function of (data, seed, position).
+Rows of tokens in, batches out, in an order that is a pure function of (data, seed, position).
 
-The stream of all shards is cut into windows of T+1 tokens, which may cross shard ends; pairs are packed into windows whole.
-Every epoch visits each window once, in an order of its own, whatever the number of processes or the micro-batch: the loader's
-whole state is one integer, how many windows all processes have taken together.
+There are two kinds of rows: windows of T + 1 tokens from the stream of all shards, and rows of prompt-response pairs
+packed together. Every epoch visits each row once, in an order of its own, whatever the number of processes or the
+micro-batch. The loader's whole state is one integer: how many rows all processes have taken together.
 """
+import array
 import bisect
+import hashlib
+import json
 import mmap
 import os
+import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from dataset import BEGINS, LEARNED, MANIFEST, PROGRESS, UserError, read_manifest, read_mask, read_shard
+from dataset import (MANIFEST, PROGRESS, SPLITS, UserError, chat_template, encode_chat, pair_split, read_manifest,
+                     read_pairs, read_shard)
 
 
 class DataLoader:
-    def __init__(self, data, split, B, T, rank=0, world_size=1, seed=0, stride=None, vocab_size=None, device="cpu", doc_mask=False):
-        self.B, self.T, self.rank, self.world_size, self.seed = B, T, rank, world_size, seed
-        self.stride, self.device, self.doc_mask = stride or T, torch.device(device), doc_mask
-        self.paths, lengths, self.manifest = find_shards(data, split)
-        self.vocab_size = vocab_size or (self.manifest or {}).get("vocab_size")
-        self.eot = self.manifest["eot"] if self.manifest else 50256  # other people's shards are GPT-2's
-        self.shards = [read_shard(p) for p in self.paths]
-        for path, tokens, n in zip(self.paths, self.shards, lengths):
-            if len(tokens) != n:
-                raise UserError(f"{path} has {len(tokens):,} tokens, {MANIFEST} says {n:,}; prepare the data again")
-        self.ends = np.cumsum([len(s) for s in self.shards]).tolist()  # where each shard ends in the stream
-        self.n_tokens = self.ends[-1]
-        self.has_pairs = self.manifest is not None and "template" in self.manifest
-        self.n_windows = self.pack_pairs() if self.has_pairs else max(0, (self.n_tokens - T - 1) // self.stride + 1)
-        if self.n_windows == 0:
-            raise UserError(f"the {split} split of {data} has {self.n_tokens:,} tokens; a window takes block_size + 1 = {T + 1}")
-        if self.has_pairs and self.stride != T:
-            raise UserError(f"stride={stride} is for running text; {data} holds pairs")
+    def __init__(self, data, split, B, T, rank=0, world_size=1, seed=0, stride=None, doc_mask=False, vocab_size=None,
+                 device="cpu"):
+        """`data` is a folder of shards, or Pairs."""
+        self.B, self.rank, self.world_size, self.seed = B, rank, world_size, seed
+        self.doc_mask, self.device = doc_mask, torch.device(device)
+        if isinstance(data, Pairs):
+            if stride not in (None, 0, T):
+                raise UserError(f"stride={stride} is for running text; pairs are packed")
+            self.rows = PackedPairs(data, split, T)
+        else:
+            self.rows = Windows(data, split, T, stride or T, vocab_size)
+        self.n_rows = len(self.rows)
         self.position = 0
         self.pool = ThreadPoolExecutor(1)  # reads the next batch while the device works on this one
-        self.ahead = None  # (position, what is read there)
-
-    def pack_pairs(self):
-        """Where the pairs are, which of them share a window, and how many tokens each window has to teach.  -> how many windows"""
-        if self.T < 3:
-            raise UserError(f"block_size={self.T} is too small for pairs, which take three tokens at least")
-        self.masks = [read_mask(p) for p in self.paths]
-        for path, tokens, mask in zip(self.paths, self.shards, self.masks):
-            if len(mask) != len(tokens):
-                raise UserError(f"{path} has {len(tokens):,} tokens, its mask {len(mask):,}; prepare the data again")
-        flags = np.concatenate(self.masks)
-        self.begins = np.flatnonzero(flags == BEGINS)
-        self.lengths = np.diff(self.begins, append=len(flags))
-        learned = np.add.reduceat(flags == LEARNED, self.begins, dtype=np.int64) + 1  # and the end of the text
-        self.shortened, self.unended = np.flatnonzero(self.lengths > self.T), 0
-        for i in self.shortened:
-            own = cut(flags[self.begins[i]:self.begins[i] + self.lengths[i]], self.T)[1]
-            learned[i] = np.count_nonzero(own[1:] == LEARNED)
-            self.unended += own[-1] != LEARNED
-        rows = pack(np.minimum(self.lengths, self.T), self.T)
-        # The longest came first. In another order the first windows are as good as any, for a validation that takes no more.
-        self.rows = [rows[i] for i in permute(np.arange(len(rows)), len(rows), seed=0, epoch=0)]
-        self.row_learned = np.array([learned[row].sum() for row in self.rows])
-        return len(self.rows)
+        self.prefetched = None  # (position, B, future)
 
     def next_batch(self):
         """
-        -> x (B, T), y (B, T): this process's share of the next B * world_size windows; y is x one token later, or -1 where nothing
-        is to be learned. With doc_mask also the number of the document, or pair, that each position of x is in, (B, T).
+        -> x (B, T), y (B, T): this process's share of the next B * world_size rows. y is x one token later, or -1 where
+        there is nothing to learn. With doc_mask also the document each position of x belongs to, (B, T).
         """
-        if self.ahead is None or self.ahead[0] != self.position:
-            self.ahead = (self.position, self.pool.submit(self.read, self.share()))
-        batch = self.ahead[1].result()
+        if self.prefetched is None or self.prefetched[:2] != (self.position, self.B):
+            self.prefetch()
+        batch = self.prefetched[2].result()
         self.position += self.B * self.world_size
-        self.ahead = (self.position, self.pool.submit(self.read, self.share()))
+        self.prefetch()
         return self.to_device(batch)
 
-    def windows(self, indices):
-        """The windows of these indices, in the order of the stream: what validation reads.  -> as next_batch"""
-        return self.to_device(self.read(indices))
-
-    def share(self):
-        """The indices of this process's next windows"""
-        return self.order(self.position + self.rank * self.B, self.B)
+    def prefetch(self):
+        indices = self.order(self.position + self.rank * self.B, self.B)
+        self.prefetched = self.position, self.B, self.pool.submit(self.read, indices)
 
     def order(self, position, n):
-        """The indices of n windows from a position on. They may reach into the next epoch."""
-        epoch, index = np.divmod(position + np.arange(n), self.n_windows)
-        return np.concatenate([permute(index[epoch == e], self.n_windows, self.seed, e) for e in np.unique(epoch)])
+        """The indices of the n rows from a position on, which may reach into the next epoch"""
+        epoch, index = np.divmod(position + np.arange(n), self.n_rows)
+        parts = [permute(index[epoch == e], self.n_rows, self.seed, e) for e in np.unique(epoch)]
+        return np.concatenate(parts)
 
-    def learned(self, n):
-        """How many tokens the next n windows, of all processes, have to teach"""
-        return int(self.row_learned[self.order(self.position, n)].sum()) if self.has_pairs else n * self.T
+    def spread(self, n, B):
+        """For validation: takes n rows spread evenly over the split, and yields this process's share in batches."""
+        n = min(n, self.n_rows)
+        indices = np.arange(n) * self.n_rows // n
+        for i in range(self.rank * B, n, B * self.world_size):
+            yield self.to_device(self.read(indices[i:i + B]))
 
-    def places(self, n, shown=4):
-        """Where the last n windows, of all processes, begin: "d/train_000000.bin at token 4,096, ... and 508 more" """
-        begins = []
-        for i in self.order(self.position - n, n)[:shown]:
-            at = int(self.begins[self.rows[i][0]] if self.has_pairs else i * self.stride)
-            shard = bisect.bisect_right(self.ends, at)
-            begins.append(f"{self.paths[shard]} at token {at - self.ends[shard] + len(self.shards[shard]):,}")
-        return ", ".join(begins) + f" and {n - shown} more" * (n > shown)
+    def next_target_count(self, n):
+        """How many targets the next n rows of all processes have"""
+        return int(self.rows.target_counts(self.order(self.position, n)).sum())
+
+    def last_places(self, n, shown=4):
+        """Where the last n rows of all processes come from: data/x/train_000000.bin at token 4,096, ... and 508 more"""
+        indices = self.order(self.position - n, n)[:shown]
+        more = f" and {n - shown} more" if n > shown else ""
+        return ", ".join(self.rows.place(int(i)) for i in indices) + more
 
     def read(self, indices):
         """-> (2 or 3, n, T) int64"""
-        batch = np.stack([self.read_pairs(i) if self.has_pairs else self.read_window(i) for i in indices], axis=1)
-        for tokens in self.shards:
-            # Pages once read would stay in this process's resident memory until it has the whole data set (nanoGPT issue 287).
-            if hasattr(mmap, "MADV_DONTNEED") and isinstance(tokens.base, mmap.mmap):
-                tokens.base.madvise(mmap.MADV_DONTNEED)
-        batch = torch.from_numpy(batch)
+        rows = [self.rows.read(int(i))[:2 + self.doc_mask] for i in indices]
+        batch = torch.from_numpy(np.stack(rows, axis=1))
         return batch.pin_memory() if self.device.type == "cuda" else batch
-
-    def read_window(self, i):
-        row = self.span(self.shards, int(i) * self.stride, self.T + 1)
-        return row[:-1], row[1:], *[np.cumsum(row[:-1] == self.eot)] * self.doc_mask
-
-    def read_pairs(self, i):
-        """A window of whole pairs. What is left of it is filled with end-of-text tokens, of which nothing is learned."""
-        x, y, number, at = np.full(self.T, self.eot), np.full(self.T, -1), np.full(self.T, -1), 0
-        for k, pair in enumerate(self.rows[i]):
-            tokens, flags = (self.span(arrays, self.begins[pair], self.lengths[pair]) for arrays in (self.shards, self.masks))
-            kept, flags = cut(flags, self.T)
-            here = slice(at, at + len(kept))
-            x[here], y[here], number[here] = tokens[kept], np.append(tokens[kept][1:], self.eot), k
-            y[here][flags[1:] != LEARNED] = -1
-            at += len(kept)
-        return x, y, *[number] * self.doc_mask
-
-    def span(self, arrays, at, n):
-        """n tokens of the stream, or n flags, from one place on; they may cross shard ends."""
-        row = np.empty(n, dtype=np.int64)
-        shard, filled = bisect.bisect_right(self.ends, at), 0
-        while filled < n:
-            whole = arrays[shard]
-            begin = at + filled - (self.ends[shard] - len(whole))
-            part = whole[begin:begin + n - filled]
-            if self.vocab_size and len(part) and part.max() >= self.vocab_size:
-                where = begin + int(np.argmax(part >= self.vocab_size))
-                raise UserError(f"{self.paths[shard]}: token {whole[where]} at {where:,} is outside the vocabulary of {self.vocab_size:,}")
-            row[filled:filled + len(part)] = part
-            filled, shard = filled + len(part), shard + 1
-        return row
 
     def to_device(self, batch):
         return tuple(batch.to(self.device, non_blocking=True))
-
-    def filling(self, B):
-        """What the positions of a batch of B windows are used for, in up to three remarks"""
-        if not self.has_pairs:
-            padded = self.padded_share(B) if B > 1 and self.manifest else None
-            return [f"every position a token (padded to the longest document, {padded:.0%})"] if padded else []
-        used = np.minimum(self.lengths, self.T).sum() / (self.n_windows * self.T)
-        remarks = [f"{len(self.lengths):,} pairs in {self.n_windows:,} windows, {used:.1%} of the positions used"]
-        if len(self.shortened):
-            remarks.append(f"{len(self.shortened):,} pairs are longer than the context and lose the beginning of the prompt"
-                           + f", {self.unended:,} of them the end of the response, too" * bool(self.unended))
-        return remarks
-
-    def padded_share(self, B):
-        """
-        What share of positions would hold a token, were a row not a window but a document, or T tokens of a longer one, and B
-        of them padded to the longest. Counted over the first million tokens; None where they make no B rows.
-        """
-        tokens = self.shards[0][:1_000_000]
-        lengths = np.diff(np.flatnonzero(tokens == self.eot), append=len(tokens)).tolist()
-        rows = np.array([min(self.T, n - i) for n in lengths for i in range(0, n, self.T)])
-        rows = rows[:len(rows) // B * B].reshape(-1, B)
-        return rows.sum() / (B * rows.max(axis=1).sum()) if len(rows) else None
 
     def state_dict(self):
         return {"position": self.position}
@@ -175,87 +94,236 @@ class DataLoader:
         self.position = state["position"]
 
 
-def cut(flags, T):
+# Both kinds of rows have: len(), read(i), target_counts(indices), place(i) for messages, summary() for the user, and
+# fingerprint(), by which a resumed run notices that the data has changed.
+
+class Windows:
+    """Windows of T + 1 tokens, `stride` apart, from the stream of a split's shards. They may cross shard ends."""
+
+    def __init__(self, folder, split, T, stride, vocab_size=None):
+        self.T, self.stride = T, stride
+        self.paths, counts, self.manifest = find_shards(folder, split)
+        self.vocab_size = vocab_size or (self.manifest or {}).get("vocab_size")
+        self.eot = self.manifest["eot"] if self.manifest else 50256  # other people's shards are in GPT-2's tokens
+        self.shards = [read_shard(path) for path in self.paths]
+        for path, tokens, n in zip(self.paths, self.shards, counts):
+            if n is not None and len(tokens) != n:
+                raise UserError(f"{path} has {len(tokens):,} tokens, {MANIFEST} says {n:,}; prepare the data again")
+        self.ends = np.cumsum([len(tokens) for tokens in self.shards]).tolist()  # where each shard ends in the stream
+        if self.ends[-1] < T + 1:
+            raise UserError(f"the {split} split of {folder} has {self.ends[-1]:,} tokens; a window takes "
+                            f"block_size + 1 = {T + 1}")
+
+    def __len__(self):
+        return (self.ends[-1] - self.T - 1) // self.stride + 1
+
+    def fingerprint(self):
+        if self.manifest:
+            content = [self.manifest["shards"], self.manifest["tokenizer_fingerprint"]]
+        else:
+            content = [(os.path.basename(path), len(tokens)) for path, tokens in zip(self.paths, self.shards)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def summary(self):
+        return f"{len(self):,} windows"
+
+    def target_counts(self, indices):
+        return np.full(len(indices), self.T)
+
+    def place(self, i):
+        start = i * self.stride
+        shard = bisect.bisect_right(self.ends, start)
+        return f"{self.paths[shard]} at token {start - self.ends[shard] + len(self.shards[shard]):,}"
+
+    def read(self, i):
+        """-> inputs, targets and documents, (T,) each"""
+        tokens = self.slice(i * self.stride, self.T + 1)
+        return tokens[:-1], tokens[1:], np.cumsum(tokens[:-1] == self.eot)
+
+    def slice(self, start, n):
+        """n tokens of the stream from `start` on.  -> (n,) int64"""
+        out = np.empty(n, dtype=np.int64)
+        shard, filled = bisect.bisect_right(self.ends, start), 0
+        while filled < n:
+            tokens = self.shards[shard]
+            begin = start + filled - (self.ends[shard] - len(tokens))
+            part = tokens[begin:begin + n - filled]
+            if self.vocab_size and len(part) and part.max() >= self.vocab_size:
+                at = begin + int(np.argmax(part >= self.vocab_size))
+                raise UserError(f"{self.paths[shard]}: token {tokens[at]} at {at:,} is outside the vocabulary of "
+                                f"{self.vocab_size:,}")
+            out[filled:filled + len(part)] = part
+            filled, shard = filled + len(part), shard + 1
+            # Give back the pages, or resident memory would grow to the size of the data (nanoGPT issue 287).
+            if hasattr(mmap, "MADV_DONTNEED") and isinstance(tokens.base, mmap.mmap):
+                tokens.base.madvise(mmap.MADV_DONTNEED)
+        return out
+
+
+class Pairs:
+    """All prompts and responses of a .jsonl file, tokenized, in memory"""
+
+    def __init__(self, path, enc, strict=False):
+        self.path, self.eot, self.template = path, enc.eot_token, chat_template(enc)
+        tokens, is_target, offsets = array.array("H"), bytearray(), [0]
+        for turns in read_pairs(path, strict):
+            pair = encode_chat(enc, self.template, turns)
+            tokens.extend(pair[0])
+            is_target.extend(pair[1])
+            offsets.append(len(tokens))
+        self.tokens, self.is_target = np.frombuffer(tokens, dtype=np.uint16), np.frombuffer(is_target, dtype=bool)
+        self.offsets = np.array(offsets)  # where each pair starts, and the end
+        splits = np.array([pair_split(i) for i in range(len(offsets) - 1)])
+        self.indices = {split: np.flatnonzero(splits == split) for split in SPLITS}
+        self.indices["all"] = np.arange(len(splits))
+
+    def fingerprint(self):
+        return f"{zlib.crc32(self.tokens.tobytes()):08x}{zlib.crc32(self.offsets.tobytes()):08x}"
+
+    def __getitem__(self, i):
+        """-> the tokens of pair i, and whether each is a target"""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[part], self.is_target[part]
+
+
+class PackedPairs:
+    """Rows of T tokens that hold as many whole pairs as fit. A pair too long for a row is shortened."""
+
+    def __init__(self, pairs, split, T):
+        if T < 3:
+            raise UserError(f"block_size={T} is too small for pairs, which need at least three tokens")
+        self.pairs, self.T, self.indices = pairs, T, pairs.indices[split]
+        if len(self.indices) == 0:
+            raise UserError(f"{pairs.path} has no {split} split")
+        self.lengths = np.diff(pairs.offsets)[self.indices]
+        rows = pack(np.minimum(self.lengths, T), T)
+        self.rows = [self.indices[row] for row in rows]
+        counts = np.add.reduceat(pairs.is_target, pairs.offsets[:-1], dtype=np.int64) + 1  # and end-of-text at the end
+        for i in self.indices[self.lengths > T]:
+            counts[i] = np.count_nonzero(self.shorten(i)[1] >= 0)
+        self.counts = np.array([counts[row].sum() for row in self.rows])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def fingerprint(self):
+        return self.pairs.fingerprint()
+
+    def summary(self):
+        used = np.minimum(self.lengths, self.T).sum() / (len(self) * self.T)
+        text = f"{len(self.lengths):,} pairs in {len(self):,} rows, {used:.1%} filled"
+        if too_long := np.count_nonzero(self.lengths > self.T):
+            text += f"; {too_long:,} pairs are longer than the context and lose the beginning of the prompt, and if " \
+                "that is not enough, the end of the response"
+        return text
+
+    def target_counts(self, indices):
+        return self.counts[indices]
+
+    def place(self, i):
+        return f"a row that begins with pair {self.rows[i][0] + 1:,} of {self.pairs.path}, not counting skipped lines"
+
+    def read(self, i):
+        """-> inputs, targets (-1: none) and documents (-1: padding), (T,) each"""
+        x, y, document = np.full(self.T, self.pairs.eot), np.full(self.T, -1), np.full(self.T, -1)
+        at = 0
+        for number, pair in enumerate(self.rows[i]):
+            inputs, targets = self.shorten(pair)
+            part = slice(at, at + len(inputs))
+            x[part], y[part], document[part] = inputs, targets, number
+            at = part.stop
+        return x, y, document
+
+    def shorten(self, i):
+        """Pair i as inputs and targets of at most T tokens"""
+        tokens, is_target = self.pairs[i]
+        kept, ends = tokens_to_keep(is_target, self.T)
+        targets = np.append(tokens[kept][1:], self.pairs.eot).astype(np.int64)
+        is_target = np.append(is_target[kept][1:], ends)
+        if len(kept) < len(tokens):
+            is_target[0] = False  # the tokens before this target were cut away
+        targets[~is_target] = -1
+        return tokens[kept], targets
+
+
+def tokens_to_keep(is_target, T):
     """
-    The flags of a pair -> which of its tokens a window of T takes, and their flags and that of the end of the text. What is too
-    long keeps its first token, which begins it, and loses the beginning of the prompt, and only then the end of the response.
+    Which tokens of a pair to keep, at most T, and whether they reach its end. A pair that is too long keeps its first
+    token and loses the beginning of the prompt; if that is not enough, also the end of the response.
     """
-    n = len(flags)
+    n = len(is_target)
     if n <= T:
-        return np.arange(n), np.append(flags, LEARNED)
-    asked = np.flatnonzero(flags != LEARNED)[-1]  # the last response follows it
-    first = min(n - T + 1, asked)
-    kept = np.append(0, np.arange(first, first + T - 1))
-    flags = np.append(flags[kept], LEARNED * (first + T - 1 == n))
-    flags[1] = 0  # what led to it is gone
-    return kept, flags
+        return np.arange(n), True
+    end_of_prompt = np.flatnonzero(~is_target)[-1]  # the last response follows it
+    first = min(n - T + 1, end_of_prompt)
+    return np.append(0, np.arange(first, first + T - 1)), first + T - 1 == n
 
 
 def pack(lengths, T):
     """
-    Best fit, the longest first: lengths of at most T -> rows of indices whose lengths add up to at most T.
+    Best fit, longest first: lengths of at most T -> lists of indices whose lengths add up to at most T.
 
     >>> pack(np.array([5, 3, 2, 6, 2]), 8)
     [[3, 2], [0, 1], [4]]
     """
-    rows, rooms, having = [], [], defaultdict(list)  # the sizes of room there are, in order, and the rows that have each
+    rows, sizes, with_room = [], [], defaultdict(list)  # the sizes of free room, sorted, and the rows that have each
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
-        at = bisect.bisect_left(rooms, n)
-        if at == len(rooms):
+        at = bisect.bisect_left(sizes, n)
+        if at == len(sizes):
             row, room = len(rows), T
             rows.append([])
         else:
-            room = rooms[at]
-            row = having[room].pop()
-            if not having[room]:
-                del rooms[at]
+            room = sizes[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del sizes[at]
         rows[row].append(i)
         room -= n
         if room:
-            if not having[room]:
-                bisect.insort(rooms, room)
-            having[room].append(row)
+            if not with_room[room]:
+                bisect.insort(sizes, room)
+            with_room[room].append(row)
     return rows
 
 
 def permute(index, n, seed, epoch):
     """
-    A seeded bijection of 0..n-1, computed and not stored: a Feistel network over the next power of four, walked on until
-    it lands below n.
+    A seeded permutation of 0..n-1, computed rather than stored: a Feistel network over the next power of four, applied
+    again to results that are not below n.
 
     >>> sorted(permute(np.arange(10), 10, seed=1, epoch=0).tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
-    half = max(1, -(-int(n - 1).bit_length() // 2))
+    half = max(1, (int(n - 1).bit_length() + 1) // 2)  # x has 2 * half bits
     mask = np.uint64((1 << half) - 1)
     keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
     x = np.asarray(index).astype(np.uint64)
-    walking = np.ones(len(x), dtype=bool)
-    while walking.any():
-        left, right = x[walking] >> np.uint64(half), x[walking] & mask
+    outside = np.ones(len(x), dtype=bool)
+    while outside.any():
+        left, right = x[outside] >> np.uint64(half), x[outside] & mask
         for key in keys:
             mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ (mixed >> np.uint64(32) & mask)
-        x[walking] = left << np.uint64(half) | right
-        walking[walking] = x[walking] >= n
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        x[outside] = (left << np.uint64(half)) | right
+        outside[outside] = x[outside] >= n
     return x.astype(np.int64)
 
 
-def find_shards(data, split):
-    """-> the paths of a split's shards, the tokens each should hold, and the manifest; not the last two for other people's shards"""
-    if not os.path.isdir(data):
-        raise UserError(f"there is no data folder {data}; make it with: python dataset.py --source=... --out={data}")
-    manifest = read_manifest(data)
+def find_shards(folder, split):
+    """-> the paths of a split's shards, the tokens each should have (or None), and the manifest (or None)"""
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}; make it with: python dataset.py --source=... --out={folder}")
+    manifest = read_manifest(folder)
     if manifest is None:
-        if os.path.exists(os.path.join(data, PROGRESS)):
-            raise UserError(f"{data} is unfinished; run its python dataset.py command again to complete it")
-        names = sorted(n for n in os.listdir(data) if split in n and n.endswith((".bin", ".npy")))
+        if os.path.exists(os.path.join(folder, PROGRESS)):
+            raise UserError(f"{folder} is unfinished; run its python dataset.py command again to complete it")
+        names = sorted(n for n in os.listdir(folder) if split in n and n.endswith((".bin", ".npy")))
         if not names:
-            raise UserError(f"{data} has no *{split}*.bin or *{split}*.npy shards")
-        return [os.path.join(data, n) for n in names], [], None
-    shards = [s for s in manifest["shards"] if s["split"] == split]
+            raise UserError(f"{folder} has no *{split}*.bin or *{split}*.npy shards")
+        return [os.path.join(folder, n) for n in names], [None] * len(names), None
+    shards = [shard for shard in manifest["shards"] if shard["split"] == split]
     if not shards:
-        raise UserError(f"{data} has no {split} split")
-    return [os.path.join(data, s["file"]) for s in shards], [s["tokens"] for s in shards], manifest
+        raise UserError(f"{folder} has no {split} split")
+    return [os.path.join(folder, s["file"]) for s in shards], [s["tokens"] for s in shards], manifest

@@ -1,26 +1,25 @@
 """
-Text in, token shards out.
+Turns text into shards of tokens.
 
     python dataset.py                                          # FineWeb-Edu sample-10BT -> data/fineweb-edu/
-    python dataset.py --source=book.txt --tokenizer=bpe:4096   # your own text, your own tokenizer -> data/book/
-    python dataset.py --source=a.jsonl,b.txt --weights=3,1     # a mix of documents, three tokens of a to one of b
-    python dataset.py --source=pairs.jsonl                     # prompts and responses to fine-tune on, with a loss mask
-    python dataset.py --source=synth --prompts=prompts.txt --endpoint=http://localhost:8000/v1 --model=NAME   # asks a server for responses
+    python dataset.py --source=book.txt --tokenizer=bpe:4096   # your own text and tokenizer -> data/book/
+    python dataset.py --source=a.jsonl,b.txt --out=data/both   # several sources, one after the other
+    python dataset.py --source=pairs.jsonl                     # check prompts and responses for fine-tuning
+    python dataset.py --source=synth --prompts=prompts.txt --endpoint=http://localhost:8000/v1 --model=NAME
 
-A shard is a file in the format of llm.c: 256 little-endian int32 (magic, version, token count, zeros), then the
-tokens as uint16. Every document begins with the end-of-text token; text is encoded with special tokens off.
-Killed at any instant and started again, the command goes on, to the same bytes.
+A shard is a file in llm.c's format: a header of 256 little-endian int32 (magic number, version, token count, zeros),
+then the tokens as uint16. Every document begins with the end-of-text token. A shard file exists only when it is
+complete, so this script can be killed at any time: the same command continues with the shard that was in progress, and
+the finished folder is identical to that of an uninterrupted run.
 """
 import argparse
 import contextlib
-import ctypes
 import difflib
-import email.utils
+import functools
 import gc
 import glob
 import hashlib
 import heapq
-import http.client
 import inspect
 import itertools
 import json
@@ -29,13 +28,12 @@ import math
 import os
 import random
 import re
-import shutil
 import struct
 import sys
 import threading
 import time
-import urllib.parse
-import urllib.request
+import types
+import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -48,219 +46,315 @@ import tiktoken
 EOT = "<|endoftext|>"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-MANIFEST, PROGRESS, TOKENIZER = "meta.json", "progress.json", "tokenizer.json"
-MANIFEST_VERSION = 1
-TOKEN, LEARNED, BEGINS = 0xFFFF, 1, 2  # a token of a pair carries flags above its 16 bits; the flags are what a .mask file holds
+SPLITS = ("train", "val", "test")
+SHARD_TOKENS = 100_000_000  # the default size of a shard
+BPE_BYTES = 200_000_000  # text that bpe:N is trained on
+BATCH_CHARS = 1 << 20  # of text files, encoded at a time by a thread
+MANIFEST, PROGRESS = "meta.json", "progress.npz"
+MANIFEST_VERSION = 2
+TOKENIZER_SPEC = "tokenizer_spec.json"  # in an exported model: the tokenizer's spec and the chat template
 
-# Named sources: a Hugging Face dataset (`hub`, `config`, `revision`), a text file (`url`), or a `mix` of others by their
-# weights in tokens. `tokens` is about what it holds, for the time left. The rest are defaults for prepare's options.
+# Named sources: a Hugging Face dataset (`hub`, `config`, `revision`), a text file (`url`), or `parts`, other sources in
+# a row. `tokens` is roughly how many it holds, `special` are the special tokens of a trained tokenizer, and the rest
+# are defaults for the options of the same name.
 SOURCES = {
     "fineweb-edu": dict(hub="HuggingFaceFW/fineweb-edu", config="sample-10BT", tokens=10e9),
     "fineweb": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", tokens=10e9),
-    "custom-gpt": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", tokens=550e6, max_bytes=2_500_000_000, splits="99/1",
-                       tokenizer="bpe:50000", special=(EOT, "<|pad|>", "<|user|>", "<|assistant|>")),
+    "custom-gpt": dict(
+        hub="HuggingFaceFW/fineweb", config="sample-10BT", tokens=550e6, max_bytes=2_500_000_000, splits="99/1",
+        tokenizer="bpe:50000", special=(EOT, "<|pad|>", "<|user|>", "<|assistant|>")),
     "tinystories": dict(hub="roneneldan/TinyStories", tokens=470e6, splits="90/10"),
     "wikisource": dict(hub="wikimedia/wikisource", config="20231201.en", tokens=500e6),
-    # This one is a script, which datasets 4 and later do not run: the tables the hub made of it are read.
-    "redpajama-sample": dict(hub="togethercomputer/RedPajama-Data-1T-Sample", revision="refs/convert/parquet", tokens=1e9),
-    "toygpt": dict(mix={"wikisource": 1, "redpajama-sample": 2}, tokens=1.53e9, splits="98/1/1"),
-    "shakespeare": dict(url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                        doc_sep=EOT),  # one document: its blank lines divide speeches
+    # This dataset is a script, which datasets 4 and later no longer runs; the hub keeps a parquet copy on a branch.
+    "redpajama-sample": dict(
+        hub="togethercomputer/RedPajama-Data-1T-Sample", revision="refs/convert/parquet", tokens=1e9),
+    "toygpt": dict(parts=("wikisource", "redpajama-sample"), tokens=1.5e9, splits="98/1/1"),
+    "shakespeare": dict(
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        doc_sep=EOT),  # one document: its blank lines separate speeches
 }
 
 
+# -- what all scripts share: errors, options, files, progress
+
 class UserError(Exception):
-    """A mistake its user can mend: a script prints it as one line, without a traceback."""
+    """An error the user can fix. Scripts print it as one line, without a traceback."""
 
 
-# -- tokenizers. What travels is a spec, a plain dict that JSON and checkpoints can hold: {"name": "gpt2"},
-#    {"name": "byte"}, or {"name": "bpe:4096", "merges": [["t", "h"], ...], "special": ["<|endoftext|>"]}, its bytes as latin-1.
-
-def get_tokenizer(spec="gpt2"):
-    """A name, a path to tokenizer.json (or its folder), or a spec -> tiktoken.Encoding"""
-    spec = tokenizer_spec(spec)
-    if spec["name"] == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except OSError as e:
-            raise UserError(f"cannot fetch the gpt2 vocabulary ({type(e).__name__}); check the network, set TIKTOKEN_CACHE_DIR "
-                            "to a folder that has it, or use --tokenizer=byte or bpe:N") from None
-    merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in spec.get("merges", ())]
-    ranks = {}
-    for token in [bytes([b]) for b in range(256)] + [a + b for a, b in merges]:
-        ranks.setdefault(token, len(ranks))
-    special = {s: len(ranks) + i for i, s in enumerate(spec.get("special", [EOT]))}
-    return tiktoken.Encoding(spec["name"], pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+def report_error(kind, error, trace):
+    """For sys.excepthook: a user's mistake is one line on stderr; only a bug shows a traceback."""
+    script = os.path.basename(sys.argv[0])
+    if issubclass(kind, UserError):
+        print(f"{script}: {error}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print(f"\n{script}: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
-def tokenizer_spec(name):
-    if isinstance(name, dict):
-        return name
-    if name in ("gpt2", "byte"):
-        return {"name": name}
-    if bpe_size(name):
-        raise UserError(f"tokenizer {name} is trained on a text: python dataset.py --source=FILE.txt --tokenizer={name}")
-    path = os.path.join(name, TOKENIZER) if os.path.isdir(name) else name
-    if not os.path.isfile(path):
-        raise UserError(f"there is no tokenizer {name!r}; use gpt2, byte, bpe:N (bpe:4096, say) or the path of a {TOKENIZER}")
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, a suggestion for a misspelt option, and the docstring printed as written."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            message = f"there is no option {unknown[1]}" + suggest(unknown[1], self._option_string_actions)
+        raise UserError(message)
+
+
+def suggest(name, names):
+    """tinny -> "; did you mean tiny?" """
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {close[0]}?" if close else "; see --help"
+
+
+def integer(text):
+    """For argparse: 100_000 or 1e8 -> int"""
     try:
-        with open(path, encoding="utf-8") as f:
-            spec = json.load(f)
-        if spec["name"] not in ("gpt2", "byte"):
-            [a + b for a, b in spec["merges"]], spec["special"].index(EOT)
-        return spec
+        number = float(text)
+        if number.is_integer():  # false for inf and nan
+            return int(number) if "e" in text.lower() or "." in text else int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+
+
+def write_atomically(path, write):
+    """`write(file)` fills a temporary file, which is flushed to disk and renamed: a visible file is complete."""
+    temporary = path + ".tmp"
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode()))
+
+
+def open_file(path):
+    try:
+        return open(path, "rb")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+def progress_bar(total, unit, done=0):
+    """A tqdm bar on a terminal. In a file, plain lines: one every 30 seconds."""
+    import tqdm
+    tqdm.tqdm.monitor_interval = 0  # no helper thread
+    options = dict(total=total, initial=done, unit=" " + unit, unit_scale=True, leave=False)
+    if sys.stderr.isatty():
+        return tqdm.tqdm(**options, dynamic_ncols=True, delay=0.5)
+
+    def print_line(text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    lines = types.SimpleNamespace(write=print_line, flush=lambda: None)
+    return tqdm.tqdm(**options, file=lines, ncols=100, delay=10, mininterval=30, maxinterval=30)
+
+
+# -- tokenizers. A tokenizer is stored as a spec, a plain dict that fits into JSON and checkpoints: {"name": "gpt2"},
+#    {"name": "byte"}, or {"name": "bpe:4096", "merges": [["t", "h"], ...], "special": ["<|endoftext|>"]}, the bytes
+#    written as latin-1. A bpe spec without merges is still to be trained. get_tokenizer turns a spec into a
+#    tiktoken.Encoding, called enc.
+
+def parse_tokenizer(text):
+    """What --tokenizer says -> a spec. A path means the tokenizer of prepared data, or of an exported model."""
+    if text in ("gpt2", "byte"):
+        return {"name": text}
+    if re.fullmatch(r"bpe:\d[\d_]*", text):
+        if not 257 < bpe_size(text) <= 65536:
+            raise UserError(f"tokenizer {text}: N must be from 258 to 65536, since tokens are stored as uint16")
+        return {"name": text}
+    paths = [os.path.join(text, MANIFEST), os.path.join(text, TOKENIZER_SPEC), text]
+    path = next((p for p in paths if os.path.isfile(p)), None)
+    if path is None:
+        raise UserError(f"there is no tokenizer {text!r}; use gpt2, byte, bpe:N (such as bpe:4096), or the folder of "
+                        "prepared data")
+    return read_spec(path)["tokenizer"]
+
+
+def read_spec(path):
+    """A JSON file with a tokenizer's spec in it (a manifest, or an export's) -> the whole file as a dict"""
+    content = read_json(path)
+    try:
+        if content["tokenizer"]["name"] != "gpt2":
+            get_tokenizer(content["tokenizer"]).eot_token
+        return content
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a tokenizer that dataset.py wrote") from None
+        raise UserError(f"{path} holds no tokenizer") from None
+
+
+def is_trained(spec):
+    return spec["name"] in ("gpt2", "byte") or "merges" in spec
 
 
 def bpe_size(name):
-    """"bpe:4096" -> 4096, None for other names and for specs. The size counts bytes, merges and special tokens."""
-    m = isinstance(name, str) and re.fullmatch(r"bpe:(\d[\d_]*)", name)
-    if not m:
-        return None
-    n = int(m[1].replace("_", ""))
-    if not 257 < n <= 65536:
-        raise UserError(f"tokenizer {name}: N must be from 258 to 65536, since tokens are stored as uint16")
-    return n
+    """bpe:4096 -> 4096: bytes, merges and special tokens together"""
+    return int(name.removeprefix("bpe:"))
+
+
+def get_tokenizer(spec="gpt2"):
+    """A spec, or what --tokenizer takes -> tiktoken.Encoding"""
+    if isinstance(spec, str):
+        spec = parse_tokenizer(spec)
+    name = spec["name"]
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as e:
+            raise UserError(f"cannot download the gpt2 vocabulary ({type(e).__name__}); check the network, set "
+                            "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=byte or bpe:N") from None
+    if not is_trained(spec):
+        raise UserError(f"tokenizer {name} has to be trained: python dataset.py --source=FILE.txt --tokenizer={name}")
+    ranks = {bytes([b]): b for b in range(256)}
+    for left, right in spec.get("merges", ()):
+        ranks.setdefault((left + right).encode("latin-1"), len(ranks))
+    special = {token: len(ranks) + i for i, token in enumerate(spec.get("special", [EOT]))}
+    return tiktoken.Encoding(name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
 
 def tokenizer_fingerprint(enc):
-    """Of every token's bytes and id."""
-    h = hashlib.sha256()
-    for token, i in sorted({**enc._mergeable_ranks, **{s.encode(): i for s, i in enc._special_tokens.items()}}.items(), key=lambda kv: kv[1]):
-        h.update(struct.pack("<II", i, len(token)) + token)
-    return h.hexdigest()[:16]
+    """A hash of every token's bytes and id"""
+    digest = hashlib.sha256()
+    tokens = {**enc._mergeable_ranks, **{text.encode(): i for text, i in enc._special_tokens.items()}}
+    for token, i in sorted(tokens.items(), key=lambda item: item[1]):
+        digest.update(struct.pack("<II", i, len(token)) + token)
+    return digest.hexdigest()[:16]
 
 
-def token_bytes(enc):
-    """How many bytes of text each token stands for; special tokens stand for none.  -> (n_vocab,) int64"""
+def token_lengths(enc):
+    """How many bytes of text each token stands for, 0 for special tokens.  -> (n_vocab,) int64"""
     lengths = np.zeros(enc.n_vocab, dtype=np.int64)
-    special = {enc.encode_single_token(s) for s in enc.special_tokens_set}
-    for i in range(enc.n_vocab):
-        try:
-            lengths[i] = 0 if i in special else len(enc.decode_single_token_bytes(i))
-        except KeyError:  # a gap in the numbering
-            pass
+    for token, i in enc._mergeable_ranks.items():
+        lengths[i] = len(token)
     return lengths
 
 
 def chat_template(enc):
-    """What stands before a user's and an assistant's words: special tokens where the tokenizer has them, else plain text."""
+    """What precedes a user's and an assistant's text: special tokens if the tokenizer has them, else plain text."""
     special = {"user": "<|user|>", "assistant": "<|assistant|>"}
-    return special if set(special.values()) <= enc.special_tokens_set else {"user": "User:\n", "assistant": "\n\nAssistant:\n"}
+    if set(special.values()) <= enc.special_tokens_set:
+        return special
+    return {"user": "User:\n", "assistant": "\n\nAssistant:\n"}
+
+
+def encode_marker(enc, marker):
+    if marker in enc.special_tokens_set:
+        return [enc.encode_single_token(marker)]
+    return enc.encode_ordinary(marker)
 
 
 def encode_chat(enc, template, turns):
     """
-    Turns of (prompt, response) -> (n,) uint32, tokens and their flags. A turn is the end-of-text token, the user's marker, the
-    prompt, the assistant's marker and the response; a response of None is yet to be given. Learned are the responses, and the
-    end-of-text after each: the last one's is that of the pair that follows, or padding. Special tokens in a text stay text.
+    Turns of (prompt, response) -> tokens, and whether each is a target, two lists of equal length. A turn is the
+    end-of-text token, the user's marker, the prompt, the assistant's marker and the response (None if still to come).
+    Targets are the responses and the end-of-text after each: it begins the next turn, and is left out after the last.
     """
-    marker = {role: [enc.encode_single_token(m)] if m in enc.special_tokens_set else enc.encode_ordinary(m) for role, m in template.items()}
-    tokens, flags = [], []
-    for prompt, response in turns:
-        asked = [enc.eot_token, *marker["user"], *enc.encode_ordinary(prompt), *marker["assistant"]]
-        answer = enc.encode_ordinary(response) if response is not None else []
-        flags += [LEARNED if tokens else BEGINS] + [0] * (len(asked) - 1) + [LEARNED] * len(answer)
+    user, assistant = encode_marker(enc, template["user"]), encode_marker(enc, template["assistant"])
+    tokens, targets = [], []
+    for i, (prompt, response) in enumerate(turns):
+        asked = [enc.eot_token, *user, *enc.encode_ordinary(prompt), *assistant]
+        answer = [] if response is None else enc.encode_ordinary(response)
         tokens += asked + answer
-    return np.array(tokens, dtype=np.uint32) | np.array(flags, dtype=np.uint32) << 16
+        targets += [i > 0] + [False] * (len(asked) - 1) + [True] * len(answer)
+    return tokens, targets
 
 
 def prompt_tokens(enc, template, turns):
-    """The tokens after which a model is to go on: of a chat, or without a template of a bare text, the last turn's prompt."""
+    """The prompt as tokens: the whole chat if there is a template, else only the last prompt, as plain text."""
     if template:
-        turns = [(prompt.strip(), response) for prompt, response in turns]  # as the pairs were
-        return (encode_chat(enc, template, turns) & TOKEN).tolist()
+        return encode_chat(enc, template, [(prompt.strip(), response) for prompt, response in turns])[0]
     return [enc.eot_token, *enc.encode_ordinary(turns[-1][0])]
 
 
 def hugging_face_tokenizer(enc):
-    """The same tokenizer as the tokenizer.json of Hugging Face's `tokenizers`."""
-    # GPT-2's letters for the 256 bytes: those that print stand for themselves, the others follow from U+0100 on.
-    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in prints]
-    letter = {**{b: chr(b) for b in prints}, **{b: chr(256 + i) for i, b in enumerate(others)}}
-    spell = lambda token: "".join(letter[b] for b in token)
-    ranks, merges = enc._mergeable_ranks, []
-    for token, _ in sorted(ranks.items(), key=lambda kv: kv[1]):
-        # tiktoken joins any two neighbours that make a token, so that every way to make it is listed
+    """The content of the tokenizer.json that Hugging Face's `tokenizers` reads, for the same tokenizer"""
+    # GPT-2's spelling of the 256 bytes: printable ones stand for themselves, the others for characters from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    letter = {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+    ranks = enc._mergeable_ranks
+    spelled = {token: "".join(letter[b] for b in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        # tiktoken joins any two neighbours that make a token, so every way to make it is listed.
         halves = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        merges += [[spell(a), spell(b)] for a, b in sorted(halves, key=lambda h: (ranks[h[0]], ranks[h[1]]))]
-    special = [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-               for s, i in sorted(enc._special_tokens.items(), key=lambda kv: kv[1])]
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)  # its expression is GPT2_SPLIT
-    return dict(version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None, pre_tokenizer=byte_level,
-                post_processor=None, decoder=byte_level, model=dict(
-                    type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
-                    byte_fallback=False, vocab={**{spell(t): i for t, i in ranks.items()}, **enc._special_tokens}, merges=merges))
+        halves.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [[spelled[a], spelled[b]] for a, b in halves]
+    special = [dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+               for text, i in sorted(enc._special_tokens.items(), key=lambda item: item[1])]
+    vocab = {**{spelled[token]: i for token, i in ranks.items()}, **enc._special_tokens}
+    # use_regex: its regular expression is GPT2_SPLIT
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    model = dict(
+        type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
+        byte_fallback=False, vocab=vocab, merges=merges)
+    return dict(
+        version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None, pre_tokenizer=byte_level,
+        post_processor=None, decoder=byte_level, model=model)
 
+
+# -- training a tokenizer
 
 def count_words(texts):
-    """The distinct pieces of the GPT-2 split, as bytes, and how often each occurs."""
-    import regex  # comes with tiktoken; re has no \p{L}
+    """How often each piece of GPT-2's split occurs.  -> {bytes: count}"""
+    import regex  # comes with tiktoken; re lacks \p{L}
     split, words = regex.compile(GPT2_SPLIT), Counter()
     for text in texts:
         words.update(split.findall(text))
-    return {w.encode("utf-8", "replace"): n for w, n in words.items()}
+    return {word.encode("utf-8", "replace"): n for word, n in words.items()}
 
 
 def train_bpe(texts, vocab_size, special_tokens=(EOT,)):
     """
-    Byte-level BPE: merges the most frequent pair of neighbours, again and again. A tie goes to the pair whose two byte
-    strings compare greater. Special tokens take their ids after the merges, so they only use up room here.
+    Byte-level BPE: merges the most frequent pair of neighbouring tokens, again and again. Of equally frequent pairs it
+    takes the one whose two byte strings compare greater. Special tokens get the ids after the merges.
 
     >>> train_bpe(["low low low lower"], 260, ["<|endoftext|>"])
     [(b'o', b'w'), (b'l', b'ow'), (b' ', b'low')]
     """
     words = count_words([texts] if isinstance(texts, str) else texts)
-    symbols, counts = [list(w) for w in words], list(words.values())  # each word as the ids it is made of now
-    token = [bytes([b]) for b in range(256)]
-    ids = {t: i for i, t in enumerate(token)}
-    # Orders tokens backwards for the min-heap: each byte mirrored, and an end mark above all of them.
-    mirror = [chr(255 - b) + "\u0100" for b in range(256)]
-    pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words (or did once)
-    for w, s in enumerate(symbols):
-        for pair in zip(s, s[1:]):
+    symbols, counts = [list(word) for word in words], list(words.values())  # each word as token ids
+    tokens = [bytes([b]) for b in range(256)]
+    ids = {token: i for i, token in enumerate(tokens)}
+    # heapq takes the smallest, but of equally frequent pairs we want the greatest: so bytes are mirrored, 255 - byte,
+    # and end in a mark that is greater than all of them, since a prefix compares less.
+    mirrored = [chr(255 - b) + "\u0100" for b in range(256)]
+    pairs, where = Counter(), defaultdict(set)  # how often a pair occurs; the words it occurs in, or once did
+    for w, word in enumerate(symbols):
+        for pair in zip(word, word[1:]):
             pairs[pair] += counts[w]
             where[pair].add(w)
-    entry = lambda pair: (-pairs[pair], mirror[pair[0]], mirror[pair[1]], pair)
-    heap = [entry(p) for p in pairs]
-    heapq.heapify(heap)
 
+    def entry(pair):
+        return -pairs[pair], mirrored[pair[0]], mirrored[pair[1]], pair
+
+    heap = [entry(pair) for pair in pairs]
+    heapq.heapify(heap)
     merges = []
-    while heap and len(token) + len(special_tokens) < vocab_size:
-        n, _, _, (a, b) = heapq.heappop(heap)
-        pair, n = (a, b), -n
-        if n != pairs[pair]:  # the entry is old: the pair lost occurrences since
+    while heap and len(tokens) + len(special_tokens) < vocab_size:
+        count, _, _, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:  # out of date: the pair has become rarer since
             if pairs[pair] > 0:
                 heapq.heappush(heap, entry(pair))
             continue
-        merges.append((token[a], token[b]))
-        new = ids.setdefault(token[a] + token[b], len(token))
-        if new == len(token):
-            token.append(token[a] + token[b])
-            mirror.append(mirror[a][:-1] + mirror[b])
+        left, right = pair
+        merges.append((tokens[left], tokens[right]))
+        joined = tokens[left] + tokens[right]
+        new = ids.setdefault(joined, len(tokens))
+        if new == len(tokens):
+            tokens.append(joined)
+            mirrored.append(mirrored[left][:-1] + mirrored[right])
         grown = set()
         for w in where.pop(pair):
-            old, out, count, i = symbols[w], [], counts[w], 0
-            while i < len(old):
-                if old[i] == a and i + 1 < len(old) and old[i + 1] == b:
-                    if out:  # the left neighbour loses (left, a) and gains (left, new)
-                        pairs[out[-1], a] -= count
-                        pairs[out[-1], new] += count
-                        where[out[-1], new].add(w)
-                        grown.add((out[-1], new))
-                    if i + 2 < len(old):
-                        pairs[b, old[i + 2]] -= count
-                        pairs[new, old[i + 2]] += count
-                        where[new, old[i + 2]].add(w)
-                        grown.add((new, old[i + 2]))
-                    out.append(new)
-                    i += 2
-                else:
-                    out.append(old[i])
-                    i += 1
-            symbols[w] = out
+            symbols[w] = merge_in_word(symbols[w], left, right, new, w, counts[w], pairs, where, grown)
         del pairs[pair]
         for p in grown:
             if pairs[p] > 0:
@@ -268,30 +362,54 @@ def train_bpe(texts, vocab_size, special_tokens=(EOT,)):
     return merges
 
 
-# -- shards
+def merge_in_word(word, left, right, new, w, count, pairs, where, grown):
+    """Replaces (left, right) by `new` in word w, and updates the pairs beside it.  -> the new word"""
+    out, i, n = [], 0, len(word)
+    while i < n:
+        if word[i] != left or i + 1 == n or word[i + 1] != right:
+            out.append(word[i])
+            i += 1
+            continue
+        if out:
+            pairs[out[-1], left] -= count
+            pairs[out[-1], new] += count
+            where[out[-1], new].add(w)
+            grown.add((out[-1], new))
+        if i + 2 < n:
+            pairs[right, word[i + 2]] -= count
+            pairs[new, word[i + 2]] += count
+            where[new, word[i + 2]].add(w)
+            grown.add((new, word[i + 2]))
+        out.append(new)
+        i += 2
+    return out
 
-def shard_header(n):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, n
-    return header.tobytes()
 
+# -- shards and manifests
 
 def write_shard(path, tokens):
     tokens = np.asarray(tokens)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < 2**16:
-        raise UserError(f"{path}: token {tokens.max()} does not fit uint16; a vocabulary may have 65,536 tokens at most")
-    write_atomically(path, shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
+        raise UserError(f"{path}: token {tokens.max()} does not fit uint16; a vocabulary has at most 65,536 tokens")
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+
+    def write(f):
+        f.write(header)
+        f.write(tokens.astype("<u2", copy=False))
+
+    write_atomically(path, write)
 
 
 def read_shard(path):
     """The tokens of a .bin or .npy shard, memory-mapped.  -> (n,) uint16"""
     try:
-        size = os.path.getsize(path)
         if path.endswith(".npy"):
             tokens = np.load(path, mmap_mode="r")
             if tokens.dtype != np.uint16 or tokens.ndim != 1:
                 raise UserError(f"{path} holds {tokens.ndim}-dimensional {tokens.dtype}; a shard is one row of uint16")
             return tokens
+        size = os.path.getsize(path)
         header = np.fromfile(path, dtype="<i4", count=256)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from None
@@ -300,323 +418,539 @@ def read_shard(path):
     if len(header) < 256 or header[0] != MAGIC:
         raise UserError(f"{path} is not a token shard: it does not begin with the magic number {MAGIC}")
     if header[1] != VERSION:
-        raise UserError(f"{path} is a shard of version {header[1]}; only version {VERSION} is known")
-    n = int(header[2])
+        raise UserError(f"{path} is a shard of version {header[1]}; this program reads version {VERSION}")
+    n, present = int(header[2]), (size - HEADER_BYTES) // 2
     if size != HEADER_BYTES + 2 * n:
-        raise UserError(f"{path}: its header says {n:,} tokens, its length {(size - HEADER_BYTES) // 2:,}; it is damaged or still being written")
+        raise UserError(f"{path} is damaged: its header says {n:,} tokens, its length {present:,}")
     if n == 0:
         return np.empty(0, dtype="<u2")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
 
 
-def mask_path(path):
-    return os.path.splitext(path)[0] + ".mask"
+def read_json(path):
+    with open_file(path) as f:
+        try:
+            return json.loads(f.read())
+        except ValueError:
+            raise UserError(f"{path} is damaged: it is not JSON") from None
 
 
-def read_mask(path):
-    """The flags of a shard of pairs, a byte a token, memory-mapped.  -> (n,) uint8"""
-    try:
-        return np.memmap(mask_path(path), dtype=np.uint8, mode="r")
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {mask_path(path)}: {getattr(e, 'strerror', None) or e}") from None
-
-
-def write_atomically(path, data):
-    """A file of this name is complete, whatever happens meanwhile."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def write_json(path, obj):
-    write_atomically(path, (json.dumps(obj, indent=1) + "\n").encode())
+def read_manifest(folder):
+    """The manifest of a prepared folder, or None if it is unfinished or somebody else's."""
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.exists(path):
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
+        raise UserError(f"{path} was not written by this version of dataset.py; prepare the data again")
+    return manifest
 
 
 class ShardWriter:
-    """
-    Appends tokens to train_000000.bin, val_000000.bin, ... and, where they are masked, their flags to train_000000.mask, ...
-    `shards` says what they hold so far, a dict each; it is the whole state: a writer made from a saved one cuts off what was
-    written after it. `begin` is the token, with its flags, that a document begins with.
-    """
+    """Collects tokens by split, and writes a shard as soon as there are enough for one."""
 
-    def __init__(self, folder, shard_tokens, lengths, begin, shards, masked=False):
-        self.folder, self.shard_tokens, self.lengths, self.begin = folder, shard_tokens, lengths, begin
-        self.shards, self.masked, self.files = shards, masked, {}  # split -> the files of its last shard
-        known = {s["file"] for s in shards}
-        for name in os.listdir(folder):
-            if re.fullmatch(r"(train|val|test)_\d{6}\.(bin|mask)", name) and os.path.splitext(name)[0] + ".bin" not in known:
-                os.remove(os.path.join(folder, name))
-        for s in shards:
-            sizes = dict(zip(self.paths(s), (HEADER_BYTES + 2 * s["tokens"], s["tokens"])))
-            for path, size in sizes.items():
-                if not os.path.isfile(path) or os.path.getsize(path) < size:
-                    raise UserError(f"{path} is not as it was left; remove {folder} and start again")
-                if s["tokens"] < shard_tokens:
-                    os.truncate(path, size)
-            if s["tokens"] < shard_tokens:
-                self.files[s["split"]] = [open(path, "ab") for path in sizes]
+    def __init__(self, folder, shard_tokens, enc, shards, pending):
+        if enc.n_vocab > 2**16:
+            raise UserError(f"tokenizer {enc.name} has {enc.n_vocab:,} tokens; shards can hold 65,536")
+        self.folder, self.shard_tokens = folder, shard_tokens
+        self.lengths, self.eot = token_lengths(enc), enc.eot_token
+        self.shards = shards  # the manifest's entry for each
+        self.pending = {split: [pending.get(split, np.empty(0, dtype=np.uint16))] for split in SPLITS}
 
-    def paths(self, shard):
-        path = os.path.join(self.folder, shard["file"])
-        return [path, mask_path(path)][:1 + self.masked]
+    def add(self, split, tokens):
+        """-> whether a shard was completed"""
+        self.pending[split].append(tokens.astype(np.uint16))
+        if sum(map(len, self.pending[split])) < self.shard_tokens:
+            return False
+        waiting = np.concatenate(self.pending[split])
+        while len(waiting) >= self.shard_tokens:
+            self.write(split, waiting[:self.shard_tokens])
+            waiting = waiting[self.shard_tokens:]
+        self.pending[split] = [waiting]
+        return True
 
-    def append(self, split, tokens):
-        while len(tokens):
-            own = [s for s in self.shards if s["split"] == split]
-            if not own or own[-1]["tokens"] == self.shard_tokens:
-                shard = dict(file=f"{split}_{len(own):06d}.bin", split=split, tokens=0, bytes=0, documents=0, crc32=0)
-                self.shards.append(shard)
-                self.files[split] = [open(path, "wb") for path in self.paths(shard)]
-                self.files[split][0].write(shard_header(0))
-            else:
-                shard = own[-1]
-            part = tokens[:self.shard_tokens - shard["tokens"]]
-            tokens = tokens[len(part):]
-            ids = part & TOKEN
-            for f, key, raw in zip(self.files[split], ("crc32", "mask_crc32"), (ids.astype("<u2"), (part >> 16).astype(np.uint8))):
-                f.write(raw.tobytes())
-                shard[key] = zlib.crc32(raw.tobytes(), shard.get(key, 0))
-            shard["tokens"] += len(part)
-            shard["bytes"] += int(self.lengths[ids].sum())
-            shard["documents"] += int(np.count_nonzero(part == self.begin))
-            if shard["tokens"] == self.shard_tokens:
-                self.close(shard)
-
-    def close(self, shard):
-        """Writes the token count into the header, which a file opened for appending cannot."""
-        files = self.files.pop(shard["split"])
-        self.sync(files)
-        for f in files:
-            f.close()
-        with open(os.path.join(self.folder, shard["file"]), "r+b") as f:
-            f.write(shard_header(shard["tokens"]))
-            self.sync([f])
-
-    def sync(self, files=None):
-        """What was appended is on the disk, and may be spoken of in a progress file."""
-        for f in files or itertools.chain(*self.files.values()):
-            f.flush()
-            os.fsync(f.fileno())
+    def write(self, split, tokens):
+        number = sum(shard["split"] == split for shard in self.shards)
+        name = f"{split}_{number:06d}.bin"
+        write_shard(os.path.join(self.folder, name), tokens)
+        n_bytes = sum(int(self.lengths[tokens[i:i + (1 << 20)]].sum()) for i in range(0, len(tokens), 1 << 20))
+        self.shards.append(dict(
+            file=name, split=split, tokens=len(tokens), bytes=n_bytes,
+            documents=int(np.count_nonzero(tokens == self.eot)), crc32=zlib.crc32(tokens)))
 
     def finish(self):
-        for split in list(self.files):
-            self.close([s for s in self.shards if s["split"] == split][-1])
+        """Writes what is left: the last shard of a split is shorter."""
+        for split in SPLITS:
+            rest = np.concatenate(self.pending[split])
+            if len(rest):
+                self.write(split, rest)
 
 
-# -- sources. Each is read as batches of pieces and the state from which the next batch can be read. A piece is
-#    (text, whether it begins a document), or (turns, True) of a file of pairs.
+# -- sources. source.read(state) yields (pieces, next state); read(next state) continues after these pieces. A piece is
+#    (text, whether it begins a document): a document, or a part of a long one.
 
 @dataclass
 class Source:
     name: str  # of the folder below data/
     label: str  # what the manifest calls it
-    read: Callable  # state or None -> iterator of (pieces, next state)
-    size: int | None = None  # bytes, for local files
-    tokens: float | None = None  # about how many it holds, for the time left
-    fingerprint: str | None = None  # of local files: another text is noticed
-    weight: float = 1.0  # in a mix
-    pairs: list | None = None  # the paths, if they hold prompts and responses
+    read: Callable
+    tokens: float = 0  # roughly what it holds, 0 if unknown
+    fingerprint: str = ""  # of local files, to notice a changed text
 
 
-BATCH_BYTES = 1 << 20  # of text that a thread encodes at a time
-PIECE_BYTES = 1 << 20  # of a document that is read at a time
-SAVE_SECONDS = 2  # between progress files
+def open_sources(names, column="text", doc_sep=None):
+    """fineweb -> [Source]; toygpt, or a.txt,b.jsonl -> several"""
+    if names in SOURCES or os.path.exists(names):
+        names = SOURCES.get(names, {}).get("parts", [names])
+    else:
+        names = names.split(",")
+    if len(names) > 1:
+        for name in names:
+            if SOURCES.get(name, {}).keys() & {"parts", "max_bytes"}:
+                raise UserError(f"source {name} has settings of its own and cannot be combined with others")
+    return [open_source(name, column, doc_sep) for name in names]
 
 
-def open_sources(spec, weights=None, column=None, doc_sep=None):
-    """"wikisource" -> [Source]; "toygpt" or "a.txt,b.jsonl" -> several, to be mixed by their weights"""
-    mix = SOURCES.get(spec, {}).get("mix", {})
-    names = list(mix) or ([spec] if os.path.exists(spec) else spec.split(","))
-    for name in names if len(names) > 1 else ():
-        if SOURCES.get(name, {}).keys() & {"mix", "max_bytes"}:
-            raise UserError(f"source {name} has settings of its own, and cannot be part of a mix")
-    weights = weights or list(mix.values()) or [1.0] * len(names)
-    if len(weights) != len(names) or not all(0 < w < math.inf for w in weights):
-        raise UserError(f"--weights must be {len(names)} numbers above zero, one for each of {', '.join(names)}")
-    sources = [open_source(name, column, doc_sep) for name in names]
-    if len({bool(s.pairs) for s in sources}) > 1:
-        raise UserError(f"{next(s.label for s in sources if s.pairs)} holds pairs; they cannot be mixed with texts")
-    for source, weight in zip(sources, weights):
-        source.weight = weight
-    return sources
-
-
-def open_source(spec, column=None, doc_sep=None):
-    row, text = SOURCES.get(spec, {}), column or "text"
-    if "hub" in row or spec.startswith("hf:"):
-        if not row:
-            hub, _, config = spec[3:].partition(":")
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub):
-                raise UserError(f"source {spec}: a Hugging Face dataset is written hf:owner/name or hf:owner/name:config")
-            row = dict(hub=hub, config=config or None)
-        where = dict(path=row["hub"], name=row.get("config"), revision=row.get("revision"))
-        name = spec if spec in SOURCES else re.sub(r"\W+", "-", row["hub"].split("/")[-1].lower())
-        return Source(name, spec, lambda state: read_dataset(spec, text, state, **where), tokens=row.get("tokens"))
-    if "url" in row:
-        spec = fetch(row["url"], os.path.join("data", spec + ".txt"))
-
-    paths = sorted(glob.glob(spec, recursive=True)) if glob.has_magic(spec) and not os.path.exists(spec) else [spec]
-    paths = [p for p in paths if not os.path.isdir(p)] if len(paths) > 1 else paths
+def open_source(name, column, doc_sep):
+    doc_sep = doc_sep or SOURCES.get(name, {}).get("doc_sep")
+    if name.startswith("hf:") or "hub" in SOURCES.get(name, {}):
+        return open_hub_source(name, column)
+    if name in SOURCES:
+        return open_files(name, [download(SOURCES[name]["url"], os.path.join("data", f"{name}.txt"))], column, doc_sep)
+    if os.path.isdir(name):
+        raise UserError(f"{name} is a folder; name its files, such as '{os.path.join(name, '*.txt')}'")
+    if os.path.exists(name):
+        return open_files(name, [name], column, doc_sep)
+    if not glob.has_magic(name):
+        raise UserError(f"there is no source {name!r}" + suggest(name, SOURCES))
+    paths = [path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)]
     if not paths:
-        raise UserError(f"no file matches {spec}")
-    if not os.path.exists(spec) and not glob.has_magic(spec):
-        near = difflib.get_close_matches(spec, SOURCES, 1)
-        raise UserError(f"there is no source {spec!r}" + (f"; did you mean {near[0]}?" if near else
-                        f"; use {', '.join(SOURCES)}, hf:owner/name, or a .txt, .jsonl or .parquet file"))
-    for p in paths:
-        if os.path.isdir(p):
-            raise UserError(f"{p} is a folder; name its files, '{os.path.join(p, '*.txt')}' say")
-        if not os.access(p, os.R_OK):
-            raise UserError(f"cannot read {p}: permission denied")
-    size = sum(map(os.path.getsize, paths))
+        raise UserError(f"no file matches {name}")
+    return open_files(name, paths, column, doc_sep)
+
+
+def open_hub_source(name, column):
+    """A row of SOURCES, or hf:owner/name[:config]"""
+    row = SOURCES.get(name)
+    if row is None:
+        hub, _, config = name.removeprefix("hf:").partition(":")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub):
+            raise UserError(f"source {name}: a Hugging Face dataset is written hf:owner/name or hf:owner/name:config")
+        row = dict(hub=hub, config=config or None)
+    folder = name if name in SOURCES else re.sub(r"\W+", "-", row["hub"].split("/")[-1].lower())
+    options = dict(path=row["hub"], name=row.get("config"), revision=row.get("revision"))
+    return Source(folder, name, functools.partial(read_dataset, name, column, options), row.get("tokens", 0))
+
+
+def open_files(name, paths, column, doc_sep):
+    size = 0
+    for path in paths:
+        open_file(path).close()  # an error now rather than in an hour
+        size += os.path.getsize(path)
     if size == 0:
-        raise UserError(f"{spec} is empty")
-    stem = os.path.splitext(os.path.basename(spec))[0]
-    name = re.sub(r"[^\w.-]+", "", stem) or os.path.basename(os.path.dirname(os.path.abspath(spec)))
-    kinds = {os.path.splitext(p)[1].lower() for p in paths}
+        raise UserError(f"{name} is empty")
+    kinds = {os.path.splitext(path)[1].lower() for path in paths}
     if ".json" in kinds:
-        raise UserError(f"{spec} is JSON in one piece; write one object a line, as .jsonl")
-    pairs = paths if kinds == {".jsonl"} and not column and holds_pairs(paths[0]) else None
+        raise UserError(f"{name} is a single JSON value; write one object per line, as .jsonl")
     if kinds & {".jsonl", ".parquet"}:
         if len(kinds) > 1:
-            raise UserError(f"{spec} matches files of several kinds; name one kind")
-        if doc_sep is not None:
-            raise UserError(f"--doc_sep is for text files; in {spec} every row is a document")
-        loader = "json" if kinds == {".jsonl"} else "parquet"
-        read = lambda state: read_pairs(paths, state) if pairs else read_dataset(spec, text, state, path=loader, data_files=paths)
+            raise UserError(f"{name} matches files of several kinds; name one kind")
+        options = dict(path="json" if kinds == {".jsonl"} else "parquet", data_files=paths)
+        read = functools.partial(read_dataset, name, column, options)
     else:
-        # A text with few, long documents is cut into pieces, so that it too can be divided into train and val.
-        piece = min(PIECE_BYTES, max(64, size // 20))
-        read = lambda state: read_text(paths, doc_sep, piece, state)
-    return Source(name, os.path.basename(spec), read, size=size, fingerprint=file_fingerprint(paths), pairs=pairs)
+        # A text of few, long documents is read in pieces, so that it too can be divided into train and val.
+        read = functools.partial(read_text, paths, doc_sep, min(1 << 20, max(64, size // 20)))
+    folder = re.sub(r"[^\w.-]+", "", os.path.splitext(os.path.basename(name))[0])
+    return Source(folder, os.path.basename(name), read, size / 4, fingerprint(paths))  # about 4 bytes per token
 
 
-def fetch(url, path, sha256=None):
-    """-> path, downloaded from url on first use, and checked; what an interrupted download left is not fetched again"""
-    if os.path.exists(path):
-        return path
-    part = path + ".part"
-    try:
+def download(url, path):
+    if not os.path.exists(path):
+        import requests
+        try:
+            response = requests.get(url, timeout=30)
+            response.raise_for_status()
+        except requests.RequestException as e:
+            raise UserError(f"cannot download {url} ({type(e).__name__}); check the network, or put a copy at {path}")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        have = os.path.getsize(part) if os.path.exists(part) else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            have = have if response.status == 206 else 0  # a server may not know how to go on
-            length = response.headers["Content-Length"]
-            with open(part, "ab" if have else "wb") as f:
-                shutil.copyfileobj(response, f)
-        if length and os.path.getsize(part) != have + int(length):
-            raise OSError("the connection was cut; run again to go on")
-        with open(part, "rb") as f:
-            digest = sha256 and hashlib.file_digest(f, "sha256").hexdigest()
-        if digest != sha256:
-            os.remove(part)
-            raise OSError("what came is not the file that is known by that address")
-        os.replace(part, path)
-    except (OSError, http.client.HTTPException) as e:
-        if getattr(e, "code", None) == 416:  # there is nothing after what is here: it is whole, or of an older file
-            os.remove(part)
-            return fetch(url, path, sha256)
-        raise UserError(f"cannot download {url} ({getattr(e, 'reason', None) or e}); check the network, or put a copy at {path}") from None
+        write_atomically(path, lambda f: f.write(response.content))
     return path
 
 
-def file_fingerprint(paths):
-    """Of length, beginning and end: quick at any size, and an edit of a text rarely leaves all three."""
-    h = hashlib.sha256()
-    for p in paths:
-        with open(p, "rb") as f:
-            size = os.path.getsize(p)
-            h.update(size.to_bytes(8, "little") + f.read(1 << 24))
-            f.seek(max(0, size - (1 << 24)))
-            h.update(f.read())
-    return h.hexdigest()[:16]
+def fingerprint(paths):
+    digest = hashlib.sha256()
+    for path in paths:
+        with open_file(path) as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
-def read_text(paths, doc_sep, piece_bytes, state):
+def read_text(paths, doc_sep, piece_chars, n_done):
     """
-    Documents of text files, separated by blank lines or by doc_sep. A document longer than piece_bytes comes in pieces,
-    cut before white space, where no token of the GPT-2 split ends up different.
+    Yields (pieces, how many so far) from text files, skipping the first n_done pieces. Documents are separated by blank
+    lines, or by lines equal to doc_sep.
     """
-    sep = re.compile(re.escape(doc_sep.encode()) if doc_sep else rb"\n(?:[ \t]*\r?\n)+")
-    file_index, offset, inside = state or (0, 0, False)
-    look = piece_bytes + 4096  # what is searched for the end of a document: the same wherever reading began
-    batch, batch_bytes = [], 0
-    for file_index in range(file_index, len(paths)):
-        path = paths[file_index]
-        with open_source_file(path) as f:
-            f.seek(offset)
-            buffer, pos, more = b"", 0, True
-            while True:
-                if more and len(buffer) - pos < look:
-                    chunk = f.read(4 * look)
-                    more = bool(chunk)
-                    buffer, pos = buffer[pos:] + chunk, 0
-                    continue
-                if pos == len(buffer):
-                    break
-                m = sep.search(buffer, pos, pos + look)
-                if m and m.start() - pos <= piece_bytes:
-                    end, after, ends = m.start(), m.end(), True
-                elif len(buffer) - pos <= piece_bytes:
-                    end, after, ends = len(buffer), len(buffer), True
-                else:
-                    end = after = cut_point(buffer, pos, pos + piece_bytes)
-                    ends = False
-                text = decode(buffer[pos:end], path, offset)
-                text = text if inside else text.lstrip("\r\n")
-                text = text.rstrip("\r\n") if ends else text
-                if text:
-                    batch.append((text, not inside))
-                    batch_bytes += end - pos
-                offset += after - pos
-                pos, inside = after, not ends and (inside or bool(text))
-                if batch_bytes >= BATCH_BYTES:
-                    yield batch, (file_index, offset, inside)
-                    batch, batch_bytes = [], 0
-        offset, inside = 0, False
+    pieces = itertools.chain.from_iterable(read_pieces(path, doc_sep, piece_chars) for path in paths)
+    batch, size = [], 0
+    for n, (text, begins) in enumerate(pieces, 1):
+        if n > (n_done or 0):
+            batch.append((text, begins))
+            size += len(text)
+        if size >= BATCH_CHARS:
+            yield batch, n
+            batch, size = [], 0
     if batch:
-        yield batch, (len(paths), 0, False)
+        yield batch, n
 
 
-def open_source_file(path):
+def read_pieces(path, doc_sep, piece_chars):
+    """Yields (text, whether it begins a document) from a text file; documents over piece_chars come in pieces"""
+    line = rf"[ \t]*{re.escape(doc_sep)}[ \t]*(?=\n|\Z)" if doc_sep else r"(?:[ \t]*\n)+"
+    separator = re.compile(r"\n" + line)
+    text = "\n"  # what is not yielded yet; a newline before it, since a file or a block may begin with a separator
+    begins = True
+    with open(path, encoding="utf-8-sig") as f:
+        while True:
+            try:
+                block = f.read(1 << 20) + f.readline(1 << 20)  # whole lines
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path} is not UTF-8 text ({e.reason}); is it a binary file?") from None
+            except OSError as e:
+                raise UserError(f"cannot read {path}: {e.strerror}") from None
+            at_end = block == ""
+            *documents, text = (text, "") if at_end else separator.split(text + block)
+            for document in documents:
+                for piece in cut_document(document.rstrip("\n"), piece_chars):
+                    piece = piece.lstrip("\n") if begins else piece
+                    if piece:
+                        yield piece, begins
+                        begins = False
+                begins = True
+            if at_end:
+                return
+            # The last document may continue in the next block; if it is long already, yield the pieces it has so far.
+            *pieces, text = cut_document(text or "\n", piece_chars)
+            for piece in pieces:
+                yield piece.lstrip("\n") if begins else piece, begins
+                begins = False
+
+
+def cut_document(text, piece_chars):
+    """-> pieces of a text, cut before a space or newline, where GPT-2's split cuts as well"""
+    pieces = []
+    while len(text) > piece_chars:
+        found = re.match(r".*\S(?=[ \n])", text[:piece_chars], re.DOTALL)
+        n = found.end() if found else piece_chars
+        pieces.append(text[:n])
+        text = text[n:]
+    return [*pieces, text]
+
+
+def read_dataset(name, column, options, state):
+    """Rows of a Hugging Face dataset, from the hub or from local files, as a stream"""
+    import datasets
+    datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # errors are reported below
     try:
-        return open(path, "rb")
+        stream = datasets.load_dataset(split="train", streaming=True, **options)
+        if state:
+            stream.load_state_dict(state)
+        for rows in stream.iter(batch_size=256):
+            if column not in rows:
+                raise UserError(f"{name} has no column {column!r}; choose one with --column: {', '.join(rows)}")
+            for value in rows[column]:
+                if not isinstance(value, (str, type(None))):
+                    raise UserError(f"column {column!r} of {name} holds {type(value).__name__}, not text")
+            yield [(value, True) for value in rows[column] if value], stream.state_dict()
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UserError(f"{name} is not on the Hugging Face hub, or needs a login (huggingface-cli login)") from None
+    except ConnectionError:
+        raise UserError(f"cannot reach the Hugging Face hub for {name}; check the network and run the command again, "
+                        "or use a local file: --source=FILE.txt, .jsonl or .parquet") from None
+    # pyarrow's errors are ValueErrors; a dataset that is a script raises a RuntimeError
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        raise UserError(f"cannot read {name}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+
+
+# -- from sources to shards
+
+def split_shares(splits):
+    """98/1/1 -> (98, 1, 1), the percentages of train, val and test"""
+    shares = [int(n) for n in splits.split("/")] if re.fullmatch(r"\d+(/\d+){1,2}", splits) else []
+    if sum(shares) != 100 or not shares[0]:
+        raise UserError(f"--splits={splits} must be percentages of train, val and optionally test that add up to 100, "
+                        "such as 90/10 or 98/1/1")
+    return (*shares, 0)[:3]
+
+
+def split_of(i, shares):
+    """
+    The split of document i of a source, or of piece i if long documents are read in pieces. The last two digits of i,
+    read backwards, spread the shares evenly: 10% are the documents 0, 10, 20, ... rather than 0 to 9 of each hundred.
+
+    >>> [i for i in range(200) if split_of(i, (98, 1, 1)) == "test"]
+    [10, 110]
+    """
+    n = i % 10 * 10 + i // 10 % 10
+    _, val, test = shares
+    if n < val:
+        return "val"
+    return "test" if n < val + test else "train"
+
+
+def read_batches(sources, position, shares, max_bytes=None):
+    """
+    Yields ({split: pieces}, position after them) from all sources in turn. A position is (source, its state, its pieces
+    so far, bytes so far), and says all that is needed to continue from there.
+    """
+    first_source, state, count, n_bytes = position
+    for index in range(first_source, len(sources)):
+        for pieces, state in sources[index].read(state):
+            by_split = defaultdict(list)
+            for text, begins in pieces:
+                if max_bytes and n_bytes >= max_bytes:
+                    break
+                split = split_of(count, shares)
+                # If the previous piece of a long document went to another split, this piece begins a document.
+                by_split[split].append((text, begins or split != split_of(count - 1, shares)))
+                count += 1
+                if max_bytes:
+                    n_bytes += len(text.encode("utf-8", "replace"))
+            yield by_split, (index, state, count, n_bytes)
+            if max_bytes and n_bytes >= max_bytes:
+                return
+        state, count = None, 0
+
+
+def encode_pieces(enc, pieces):
+    """
+    One call of tiktoken for many documents, joined by the end-of-text string. If a document contains that string
+    itself, or half a surrogate pair, every piece is encoded separately.  -> (n,) uint32
+    """
+    joined = "".join(EOT + text if begins else text for text, begins in pieces)
+    if joined.count(EOT) == sum(begins for _, begins in pieces):
+        try:
+            return enc.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
+        except UnicodeEncodeError:
+            pass
+    tokens = []
+    for text, begins in pieces:
+        if begins:
+            tokens.append(enc.eot_token)
+        tokens += enc.encode_ordinary(text)
+    return np.array(tokens, dtype=np.uint32)
+
+
+def encode_batches(batches, enc):
+    """
+    Encodes batches on all cores, and yields ({split: tokens}, position) in order. tiktoken releases Python's lock while
+    it encodes, so threads suffice and nothing is copied between processes. Each thread has an encoder of its own:
+    threads that share one run about 20% slower.
+    """
+    local = threading.local()
+
+    def start_thread():
+        local.enc = tiktoken.Encoding(
+            enc.name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks, special_tokens=enc._special_tokens)
+
+    def encode(by_split):
+        return {split: encode_pieces(local.enc, pieces) for split, pieces in by_split.items()}
+
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads, initializer=start_thread) as pool:
+        waiting = deque()  # bounded, so that memory does not grow with the text
+        for by_split, position in batches:
+            waiting.append((pool.submit(encode, by_split), position))
+            if len(waiting) > 8 * threads:  # enough to keep them busy while a shard is written
+                future, position = waiting.popleft()
+                yield future.result(), position
+        yield from ((future.result(), position) for future, position in waiting)
+
+
+def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_sep=None, max_bytes=None, splits=None,
+            shard_tokens=SHARD_TOKENS):
+    """
+    Tokenizes a source into a folder of shards, and returns the folder. Continues what an earlier call began. The
+    tokenizer is a spec, or what --tokenizer takes.
+    """
+    row = SOURCES.get(source, {})
+    spec = tokenizer or row.get("tokenizer", "gpt2")
+    spec = parse_tokenizer(spec) if isinstance(spec, str) else spec
+    max_bytes = max_bytes or row.get("max_bytes")
+    sources = open_sources(source, column, doc_sep)
+    tokens = sum(s.tokens for s in sources)
+    if max_bytes:
+        tokens = min(tokens or math.inf, max_bytes / 4)  # about 4 bytes per token
+    splits = splits or row.get("splits") or ("99/1" if tokens > 20 * shard_tokens else "90/10")
+    split_shares(splits)  # an error now rather than later
+    if shard_tokens >= 2**31:
+        raise UserError(f"--shard_tokens={shard_tokens} is too large: a shard's header counts tokens as int32")
+    settings = dict(
+        source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint for s in sources),
+        tokenizer=spec["name"], column=column, doc_sep=doc_sep, max_bytes=max_bytes, splits=splits,
+        shard_tokens=shard_tokens)
+    if is_trained(spec):
+        settings["tokenizer_fingerprint"] = tokenizer_fingerprint(get_tokenizer(spec))
+    else:
+        settings["special"] = list(row.get("special", [EOT]))
+    name = source if row else "-".join(s.name for s in sources)
+    if not out and not name:
+        raise UserError(f"choose a folder for {source}, with --out")
+    out = out or os.path.join("data", name)
+    try:
+        os.makedirs(out, exist_ok=True)
+        with lock_folder(out):
+            if manifest := read_manifest(out):
+                check_same_settings(out, manifest["settings"], settings)
+                check_shards(out, manifest["shards"])
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(out, PROGRESS))  # left by a kill after the manifest was written
+                print(f"{out} is complete: {count_line(manifest['shards'])}", flush=True)
+            else:
+                shards = write_shards(out, sources, spec, settings, tokens)
+                print(f"{out}: {count_line(shards)}", flush=True)
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
+        raise UserError(f"cannot write {out}: {e.strerror or e}") from None
+    return out
 
 
-def cut_point(buffer, start, end):
-    """A place in (start, end] where white space follows something else, near the end, else one between two characters."""
-    for near in (max(start, end - 4096), start):
-        if found := [m.end() - 1 for m in re.finditer(rb"\S[ \n]", buffer[near:end])]:
-            return near + found[-1]
-    at = end
-    while buffer[at] & 0xC0 == 0x80 and at > start + 1:  # a continuation byte of UTF-8
-        at -= 1
-    return at
+def check_same_settings(out, old, new):
+    for key in new:
+        if old.get(key) != new[key]:
+            how = f"with {key}={old.get(key)}, not {new[key]}"
+            if key == "source_fingerprint":
+                how = f"from another version of {new['source']}"
+            raise UserError(f"{out} was made {how}; remove it or choose another --out")
 
 
-def decode(raw, path, offset):
+@contextlib.contextmanager
+def lock_folder(folder):
+    """A second process that prepares the same folder waits for the first. A killed process loses its lock."""
+    import filelock  # comes with torch
+    lock = filelock.FileLock(os.path.join(folder, ".lock"))
     try:
-        if b"\0" in raw:
-            raise UnicodeDecodeError("utf-8", raw, raw.index(b"\0"), raw.index(b"\0") + 1, "zero byte")
-        if b"\r" in raw:
-            raw = raw.replace(b"\r\n", b"\n")
-        return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start:,}: {e.reason}); "
-                        "is it a binary file, or in another encoding?") from None
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"{folder}: waiting for another process that is preparing it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
+
+def check_shards(folder, shards):
+    """Compares finished shards with the checksums in their manifest: the disk may have changed since."""
+    with progress_bar(sum(shard["tokens"] for shard in shards), "tokens checked") as bar:
+        for shard in shards:
+            path = os.path.join(folder, shard["file"])
+            if zlib.crc32(read_shard(path)) != shard["crc32"]:
+                raise UserError(f"{path} has changed since it was written; remove {folder} and prepare it again")
+            bar.update(shard["tokens"])
+
+
+def write_shards(out, sources, spec, settings, expected_tokens):
+    """Writes the shards and then the manifest, from the beginning or from where progress.npz says.  -> the shards"""
+    state, pending = load_progress(out, settings)
+    if state is None:
+        spec = spec if is_trained(spec) else train_tokenizer(sources, spec["name"], settings)
+        state = dict(settings=settings, tokenizer=spec, position=(0, None, 0, 0), shards=[])
+        save_progress(out, state, {})
+    enc = get_tokenizer(state["tokenizer"])
+    writer = ShardWriter(out, settings["shard_tokens"], enc, state["shards"], pending)
+    batches = read_batches(sources, state["position"], split_shares(settings["splits"]), settings["max_bytes"])
+    written = sum(shard["tokens"] for shard in writer.shards) + sum(map(len, pending.values()))
+    with contextlib.closing(encode_batches(batches, enc)) as encoded, \
+            progress_bar(expected_tokens or None, "tokens", written) as bar:
+        for tokens_by_split, position in encoded:
+            completed = [writer.add(split, tokens) for split, tokens in tokens_by_split.items()]
+            if any(completed):
+                state.update(position=position, shards=writer.shards)
+                save_progress(out, state, {split: np.concatenate(writer.pending[split]) for split in SPLITS})
+            bar.update(sum(map(len, tokens_by_split.values())))
+    gc.collect()  # a parquet reader abandoned half-way can abort Python's exit (huggingface/datasets 7467)
+    writer.finish()
+    if not any(shard["split"] == "train" for shard in writer.shards):
+        problem = "too little text to divide into train and val" if writer.shards else "no text"
+        raise UserError(f"{settings['source']} holds {problem}")
+    write_json(os.path.join(out, MANIFEST), dict(
+        version=MANIFEST_VERSION, source=settings["source"], settings=settings, tokenizer=state["tokenizer"],
+        tokenizer_fingerprint=tokenizer_fingerprint(enc), vocab_size=enc.n_vocab, eot=enc.eot_token,
+        shards=writer.shards))
+    os.remove(os.path.join(out, PROGRESS))
+    return writer.shards
+
+
+def save_progress(folder, state, pending):
+    """Which shards are complete, the tokens beyond them, and where to continue: one file, so that these always agree"""
+    arrays = dict(pending, state=np.frombuffer(json.dumps(state).encode(), dtype=np.uint8))
+    write_atomically(os.path.join(folder, PROGRESS), lambda f: np.savez(f, **arrays))
+
+
+def load_progress(folder, settings):
+    """-> the state and the pending tokens of an unfinished folder; (None, {}) for a new one"""
+    path = os.path.join(folder, PROGRESS)
+    if not os.path.exists(path):
+        if strangers := [name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))]:
+            raise UserError(f"{folder} already holds {strangers[0]}, which this command did not write; "
+                            "choose another --out")
+        return None, {}
+    try:
+        with np.load(path) as arrays:
+            pending = {split: arrays[split] for split in SPLITS if split in arrays}
+            state = json.loads(arrays["state"].tobytes())
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{path} is damaged; remove {folder} and prepare it again") from None
+    if not state["shards"] and state["settings"] != settings:  # nothing is lost by starting again
+        for path in glob.glob(os.path.join(glob.escape(folder), "*.bin")):
+            os.remove(path)
+        return None, {}
+    check_same_settings(folder, state["settings"], settings)
+    return state, pending
+
+
+def train_tokenizer(sources, name, settings):
+    """-> the spec of a BPE trained on the beginning of every source"""
+    size, special = bpe_size(name), settings["special"]
+    n_merges = size - 256 - len(special)
+    if n_merges < 0:
+        raise UserError(f"tokenizer {name} has no room for 256 bytes and {len(special)} special tokens")
+    print(f"training tokenizer {name}", flush=True)
+    n_bytes = min(BPE_BYTES, settings["max_bytes"] or BPE_BYTES) / len(sources)
+    texts = itertools.chain(*(first_texts(source, n_bytes) for source in sources))
+    merges = train_bpe(texts, size, special)
+    if len(merges) < n_merges:
+        print(f"the text has only {len(merges)} pairs to merge: the tokenizer is smaller than {name}", flush=True)
+    return dict(name=name, merges=[[a.decode("latin-1"), b.decode("latin-1")] for a, b in merges], special=special)
+
+
+def first_texts(source, n_bytes):
+    for pieces, _ in source.read(None):
+        for text, _ in pieces:
+            if n_bytes <= 0:
+                return
+            yield text
+            n_bytes -= len(text.encode("utf-8", "replace"))
+
+
+def count_line(shards):
+    """-> 251,591 train tokens, 28,145 val tokens, 2,097 documents"""
+    counts = Counter()
+    for shard in shards:
+        counts[shard["split"]] += shard["tokens"]
+    tokens = [f"{counts[split]:,} {split} tokens" for split in SPLITS if counts[split]]
+    return ", ".join([*tokens, f"{sum(shard['documents'] for shard in shards):,} documents"])
+
+
+# -- pairs: prompts and responses for fine-tuning, one JSON object a line. data_loader.py reads them directly.
 
 def parse_pair(line):
     """
-    A line of a file of pairs -> its kind and its turns. A ValueError says what is wrong with it.
+    A line of a file of pairs -> its format and its turns. A ValueError says what is wrong with it.
 
     >>> parse_pair(b'{"instruction": "Add.", "input": "1 and 2", "output": "3"}')
-    ('instruction, input, output', [('Add.\n\n1 and 2', '3')])
+    ('instruction, input, output', [('Add.\\n\\n1 and 2', '3')])
     """
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -627,774 +961,338 @@ def parse_pair(line):
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise ValueError("messages is not a list of messages")
-        has_system = messages and messages[0].get("role") == "system"
-        system = text_of(messages[0], "content", needed=False) if has_system else ""
-        messages = messages[1:] if has_system else messages
-        roles = [m.get("role") for m in messages]
-        if len(roles) < 2 or roles != (["user", "assistant"] * len(roles))[:len(roles)]:
-            raise ValueError("messages are not a user's and an assistant's in turn")
-        texts = [text_of(m, "content") for m in messages[:len(roles) // 2 * 2]]  # a last question without an answer teaches nothing
-        texts[0] = f"{system}\n\n{texts[0]}".strip()
-        return "messages", list(zip(texts[::2], texts[1::2]))
+        return "messages", parse_messages(row["messages"])
     if "instruction" in row:
-        return "instruction, input, output", [(prompt_of(row), text_of(row, "output"))]
-    return "prompt, response", [(prompt_of(row), text_of(row, "response"))]
+        return "instruction, input, output", [(parse_prompt(row), get_text(row, "output"))]
+    return "prompt, response", [(parse_prompt(row), get_text(row, "response"))]
 
 
-def prompt_of(row):
-    return f"{text_of(row, 'instruction')}\n\n{text_of(row, 'input', needed=False)}".strip() if "instruction" in row else text_of(row, "prompt")
+def parse_messages(messages):
+    """A system message goes before the first prompt; a last question without an answer is dropped."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("messages is not a list of messages")
+    system = ""
+    if messages and messages[0].get("role") == "system":
+        system = get_text(messages[0], "content", required=False)
+        messages = messages[1:]
+    n = len(messages)
+    if n < 2 or [m.get("role") for m in messages] != (["user", "assistant"] * n)[:n]:
+        raise ValueError("messages do not alternate between user and assistant")
+    texts = [get_text(m, "content") for m in messages[:n // 2 * 2]]
+    texts[0] = f"{system}\n\n{texts[0]}".strip()
+    return list(zip(texts[::2], texts[1::2]))
 
 
-def text_of(row, key, needed=True):
-    """The text under a key, without white space around it"""
-    if row.get(key) is None and not needed:
+def parse_prompt(row):
+    if "instruction" not in row:
+        return get_text(row, "prompt")
+    return f"{get_text(row, 'instruction')}\n\n{get_text(row, 'input', required=False)}".strip()
+
+
+def get_text(row, key, required=True):
+    """The text under a key, stripped"""
+    if row.get(key) is None and not required:
         return ""
     if key not in row:
         raise ValueError(f"no {key}")
     if not isinstance(row[key], str):
         raise ValueError(f"{key} is not text")
-    if needed and not row[key].strip():
+    if required and not row[key].strip():
         raise ValueError(f"empty {key}")
     return row[key].strip()
 
 
 def holds_pairs(path):
-    """Whether one of the first lines is a pair, or is meant to be one"""
-    with open_source_file(path) as f:
+    """Whether a file is .jsonl, and its first readable line has a key that only pairs have"""
+    if not path.lower().endswith(".jsonl") or not os.path.isfile(path):
+        return False
+    with open_file(path) as f:
         for line in itertools.islice(f, 100):
-            try:
-                return bool(parse_pair(line))
-            except ValueError:
-                with contextlib.suppress(ValueError, RecursionError):
-                    row = json.loads(line)
-                    if isinstance(row, dict) and "text" not in row and row.keys() & {"messages", "instruction", "prompt"}:
-                        return True
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                return isinstance(row, dict) and not row.keys().isdisjoint(("messages", "instruction", "prompt"))
     return False
 
 
-def check_pairs(paths, strict=False):
-    """Says what the files hold, and which lines are no pairs: they are left out, or the first of them is the end."""
-    for path in paths:
-        kinds, wrong = Counter(), defaultdict(list)
-        with open_source_file(path) as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    if line.strip():
-                        kinds[parse_pair(line)[0]] += 1
-                except ValueError as e:
-                    if strict:
-                        raise UserError(f"{path}, line {number}: {e}; without --strict such lines are left out") from None
-                    wrong[str(e)].append(number)
-        for why, numbers in wrong.items():
-            more = f" and {len(numbers) - 20:,} more" if len(numbers) > 20 else ""
-            say(f"{path}: {why}: left out, {len(numbers):,} line{'s' * (len(numbers) > 1)}: {', '.join(map(str, numbers[:20]))}{more}")
-        if not kinds:
-            raise UserError(f"{path} holds no pair; its first line: {next(iter(wrong))}" if wrong else f"{path} is blank")
-        say(f"{path}: " + ", ".join(f"{n:,} pairs ({kind})" for kind, n in kinds.items()))
-
-
-def read_pairs(paths, state):
-    """The conversations of .jsonl files; lines that are none are passed over."""
-    file_index, offset = state or (0, 0)
-    batch, batch_bytes = [], 0
-    for file_index in range(file_index, len(paths)):
-        with open_source_file(paths[file_index]) as f:
-            f.seek(offset)
-            for line in f:
-                offset += len(line)
-                with contextlib.suppress(ValueError):
-                    batch.append((parse_pair(line)[1], True))
-                    batch_bytes += len(line)
-                if batch_bytes >= BATCH_BYTES:
-                    yield batch, (file_index, offset)
-                    batch, batch_bytes = [], 0
-        offset = 0
-    if batch:
-        yield batch, (len(paths), 0)
-
-
-def read_dataset(spec, column, state, path, **where):
-    """Rows of a Hugging Face dataset, from the hub or from local files, as a stream."""
-    import datasets
-    datasets.disable_progress_bars()
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # what goes wrong is said below
-    try:
-        ds = datasets.load_dataset(path, split="train", streaming=True, **where)
-        if state:
-            ds.load_state_dict(state)
-        for rows in ds.iter(batch_size=256):
-            if column not in rows:
-                raise UserError(f"{spec} has no column {column!r}; its columns are {', '.join(rows)}: choose with --column")
-            texts = rows[column]
-            if wrong := [t for t in texts if not isinstance(t, (str, type(None)))]:
-                raise UserError(f"column {column!r} of {spec} holds {type(wrong[0]).__name__}, not text")
-            yield [(t, True) for t in texts if t], ds.state_dict()
-    except datasets.exceptions.DatasetNotFoundError:
-        raise UserError(f"{spec} is not on the Hugging Face hub, or needs a login (huggingface-cli login)") from None
-    except ConnectionError:
-        raise UserError(f"cannot reach the Hugging Face hub for {spec}; check the network and run again, or work offline "
-                        "from a local file: --source=FILE.txt, .jsonl or .parquet") from None
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as e:  # pyarrow's are ValueErrors; a script is a RuntimeError
-        raise UserError(f"cannot read {spec}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
-
-
-# -- the work
-
-def prepare(source="fineweb-edu", tokenizer=None, out=None, column=None, doc_sep=None, weights=None, max_bytes=None, splits=None,
-            val_tokens=None, shard_tokens=100_000_000, special=None, bpe_bytes=200_000_000, workers=None, strict=False):
+def read_pairs(path, strict=False):
     """
-    Tokenizes a source into a folder of shards, and returns the folder. Goes on where an earlier call was stopped. The tokenizer
-    is a name, a path, or a spec.
+    Yields the turns of every pair of a .jsonl file, then prints what was found. Malformed lines are skipped and
+    reported by number; if strict, the first one is an error.
     """
-    row = SOURCES.get(source, {})
-    tokenizer = tokenizer or row.get("tokenizer", "gpt2")
-    special = special or row.get("special", (EOT,))
-    max_bytes = row.get("max_bytes") if max_bytes is None else max_bytes
-    splits = splits or (row.get("splits") if val_tokens is None else None)
-    doc_sep = row.get("doc_sep") if doc_sep is None else doc_sep
-    if doc_sep is not None:
-        doc_sep = doc_sep.replace("\\n", "\n")
-        if not doc_sep or not doc_sep.replace("\n", "").isprintable():
-            raise UserError("--doc_sep must be printable characters and newlines")
-    sources = open_sources(source, weights, column, doc_sep)
-    out = out or os.path.join("data", source if row else "-".join(s.name for s in sources))
-    workers = os.cpu_count() or 1 if workers is None else workers
-    for name, value, low, high in (("shard_tokens", shard_tokens, 1, 2**31 - 1), ("val_tokens", val_tokens or 0, 0, 2**63),
-                                   ("max_bytes", 1 if max_bytes is None else max_bytes, 1, 2**63),
-                                   ("bpe_bytes", bpe_bytes, 1, 2**63), ("workers", workers, 1, 1024)):
-        if not low <= value <= high:
-            raise UserError(f"--{name}={value} is not from {low} to {high:,}")
-    if EOT not in special or "" in special:
-        raise UserError(f"--special must name {EOT}, which begins every document, and no empty token")
-    if splits:
-        split_shares(splits)
-        if val_tokens is not None:
-            raise UserError("--splits and --val_tokens exclude each other")
-    pairs = [path for s in sources for path in s.pairs or ()]
-    if pairs and val_tokens is not None:
-        raise UserError("--val_tokens would cut a pair in two; use --splits")
-    if strict and not pairs:
-        raise UserError(f"--strict is for pairs; {source} holds none")
-    known = lambda sizes: None if None in sizes else sum(sizes)
-    size, expected = known([s.size for s in sources]), row.get("tokens") or known([s.tokens for s in sources])
-    if max_bytes:
-        size = min(size or max_bytes, max_bytes)
-    # val_tokens: the first tokens of the stream. By default a shard of a large source, else a tenth of the documents.
-    about = min((n for n in (expected, size and size / 4) if n), default=0)  # about 4 bytes a token
-    if val_tokens is None and not splits and not pairs and about > 20 * shard_tokens:
-        val_tokens = shard_tokens
-    fingerprint = ",".join(s.fingerprint or "" for s in sources).strip(",") or None
-    settings = dict(
-        source=",".join(s.label for s in sources), source_fingerprint=fingerprint, tokenizer=tokenizer if isinstance(tokenizer, str) else tokenizer["name"],
-        column=None if pairs else column or "text", doc_sep=doc_sep, shard_tokens=shard_tokens, val_tokens=val_tokens,
-        weights=[s.weight for s in sources] if len(sources) > 1 else None, max_bytes=max_bytes, splits=splits)
-    if bpe_size(tokenizer):
-        settings.update(special=list(special), bpe_bytes=bpe_bytes)
-    else:
-        settings.update(tokenizer_fingerprint=tokenizer_fingerprint(get_tokenizer(tokenizer)))
-
-    try:
-        os.makedirs(out, exist_ok=True)
-        with alone(out):
-            path = lambda name: os.path.join(out, name)
-            manifest = read_manifest(out)
-            if pairs and (strict or manifest is None):
-                check_pairs(pairs, strict)
-            if manifest is not None:
-                check_settings(out, manifest["settings"], settings)
-                if os.path.exists(path(PROGRESS)):
-                    os.remove(path(PROGRESS))
-                verify(out, manifest["shards"])
-                say(f"{out} is complete: {count_line(manifest['shards'])}")
-                return out
-            progress = read_json(path(PROGRESS))
-            if progress and "sources" not in progress:
-                raise UserError(f"{out} was begun by another version of dataset.py; remove it and start again")
-            if progress and (progress["shards"] or progress["settings"] == settings):
-                check_settings(out, progress["settings"], settings)
-            elif progress is None and (strangers := [f for f in os.listdir(out) if f.endswith((".bin", ".npy"))]):
-                raise UserError(f"{out} already holds {strangers[0]}, which this command did not write; choose another --out")
-            else:
-                if os.path.exists(path(TOKENIZER)):
-                    os.remove(path(TOKENIZER))
-                progress = dict(settings=settings, sources=[dict(state=None, pieces=0, taken=0, tokens=0) for _ in sources], shards=[])
-                write_json(path(PROGRESS), progress)
-            enc, spec = prepare_tokenizer(sources, tokenizer, special, bpe_bytes, path(TOKENIZER))
-            template = chat_template(enc) if pairs else None
-            tokenize(sources, enc, out, progress, workers, size, expected, template)
-            if not any(s["split"] == "train" for s in progress["shards"]):
-                raise UserError(f"{source} holds too little text to divide into train and val" if progress["shards"] else f"{source} holds no text")
-            write_json(path(MANIFEST), dict(
-                version=MANIFEST_VERSION, source=settings["source"], settings=settings,
-                tokenizer=dict(name=spec["name"], fingerprint=tokenizer_fingerprint(enc)), vocab_size=enc.n_vocab, eot=enc.eot_token,
-                **{"template": template} if pairs else {}, shards=progress["shards"]))
-            os.remove(path(PROGRESS))
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}") from None
-    say(f"{out}: {count_line(progress['shards'])}")
-    return out
+    formats, skipped = Counter(), defaultdict(list)
+    with open_file(path) as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                name, turns = parse_pair(line)
+            except ValueError as e:
+                if strict:
+                    raise UserError(f"{path}, line {number}: {e}; without --strict such lines are skipped") from None
+                skipped[str(e)].append(number)
+                continue
+            formats[name] += 1
+            yield turns
+    for why, numbers in skipped.items():
+        lines = ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20:,} more" if len(numbers) > 20 else "")
+        print(f"{path}: skipped {len(numbers):,} line{'s' if len(numbers) > 1 else ''}, {why}: {lines}", flush=True)
+    if not formats:
+        raise UserError(f"{path} holds no pairs" + (f"; its first line: {next(iter(skipped))}" if skipped else ""))
+    print(f"{path}: " + ", ".join(f"{n:,} pairs ({name})" for name, n in formats.items()), flush=True)
 
 
-@contextlib.contextmanager
-def alone(folder):
-    """Has a second process of this machine wait until a folder is prepared. The lock goes when its process does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{folder}: waiting for another process that prepares it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(lock)
+def pair_split(i):
+    return split_of(i, (90, 10, 0))
 
 
-def verify(folder, shards):
-    """Reads what a manifest vouches for once more: a disk, or a hand, may have changed it since."""
-    done, show = 0, meter("tokens checked", sum(s["tokens"] for s in shards))
-    for shard in shards:
-        path = os.path.join(folder, shard["file"])
-        for key, read, name in (("crc32", read_shard, path), ("mask_crc32", read_mask, mask_path(path))):
-            if key in shard and zlib.crc32(read(path)) != shard[key]:
-                raise UserError(f"{name} is not what was written, by its checksum; remove {folder} and prepare it again")
-        done += shard["tokens"]
-        show(done)
+def check_pairs(path, tokenizer="gpt2", strict=False):
+    """Prints what training would make of a file of pairs."""
+    enc = get_tokenizer(tokenizer)
+    template = chat_template(enc)
+    lengths, n_targets = [], 0
+    for turns in read_pairs(path, strict):
+        tokens, targets = encode_chat(enc, template, turns)
+        lengths.append(len(tokens))
+        n_targets += sum(targets) + 1  # and the end-of-text after the last response
+    held_out = sum(pair_split(i) == "val" for i in range(len(lengths)))
+    print(f"{len(lengths) - held_out:,} pairs to train on, {held_out:,} held out for validation")
+    print(f"{sum(lengths):,} {enc.name} tokens, of which {n_targets:,} are targets; per pair {int(np.median(lengths))} "
+          f"at the median and {max(lengths):,} at most: pairs longer than the model's context are cut")
 
 
-def prepare_tokenizer(sources, name, special, bpe_bytes, path):
-    """The tokenizer and its spec; a BPE is trained unless an interrupted run already did."""
-    size = bpe_size(name)
-    if size and not os.path.exists(path):
-        if size < 256 + len(special):
-            raise UserError(f"tokenizer {name} has no room for 256 bytes and {len(special)} special tokens")
-        say(f"training tokenizer {name}")
-        shares = [bpe_bytes * s.weight / sum(s.weight for s in sources) for s in sources]
-        merges = train_bpe(itertools.chain(*map(first_bytes, sources, shares)), size, special)
-        if len(merges) < size - 256 - len(special):
-            say(f"the text has only {len(merges)} pairs to merge: the tokenizer is smaller than {name}")
-        spec = dict(name=name, merges=[[a.decode("latin-1"), b.decode("latin-1")] for a, b in merges], special=list(special))
-    else:
-        spec = tokenizer_spec(path if size else name)
-    enc = get_tokenizer(spec)
-    if enc.n_vocab > 2**16:
-        raise UserError(f"tokenizer {spec['name']} has {enc.n_vocab:,} tokens; uint16 shards hold 65,536 at most")
-    write_json(path, spec)
-    return enc, spec
+# -- pairs from a server with OpenAI's chat completions API
+
+KEY = "OPENAI_API_KEY"  # an environment variable; the key goes into requests and nowhere else
+TRIES, MAX_BACKOFF, TIMEOUT = 8, 60, 300  # tries per prompt; seconds between tries, and for a response
+MAX_FAILURES = 10  # prompts in a row that the server fails to answer, before giving up
+RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
-def first_bytes(src, limit):
-    for pieces, _ in src.read(None):
-        for text, _ in pieces:
-            if limit <= 0:
-                return
-            text = text if isinstance(text, str) else "\n\n".join(itertools.chain(*text))
-            yield text
-            limit -= len(text.encode("utf-8", "replace"))
-
-
-def split_shares(splits):
-    """"98/1/1" -> (98, 1, 1): the percentages of train, val and test"""
-    shares = [int(n) for n in splits.split("/")] if re.fullmatch(r"\d+(/\d+){1,2}", splits) else []
-    if sum(shares) != 100 or not shares[0]:
-        raise UserError(f"--splits={splits} must be percentages of train, val and perhaps test that make 100: 90/10, 98/1/1")
-    return *shares, *[0] * (3 - len(shares))
-
-
-def split_of(i, shares):
-    """
-    Where document i goes. Its last two digits, read backwards, spread the shares evenly.
-
-    >>> [i for i in range(200) if split_of(i, (98, 1, 1)) == "test"]
-    [10, 110]
-    """
-    n = i % 10 * 10 + i // 10 % 10
-    _, val, test = shares
-    return "val" if n < val else "test" if n < val + test else "train"
-
-
-def tokenize(sources, enc, out, progress, workers, size=None, expected=None, template=None):
-    """
-    Encodes batches on all cores and writes them in order. tiktoken leaves Python's lock while it encodes, so threads do:
-    nothing is copied between processes, and nothing depends on how a platform starts them. Each has an encoder of its own,
-    since the regular expressions of a shared one are a fifth slower for every thread but the first.
-    """
-    own = threading.local()
-
-    def start():
-        own.enc = tiktoken.Encoding(enc.name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks, special_tokens=enc._special_tokens)
-
-    settings, shards = progress["settings"], progress["shards"]
-    lengths, val_tokens, max_bytes = token_bytes(enc), settings["val_tokens"], settings["max_bytes"]
-    begin = enc.eot_token | BEGINS << 16 if template else enc.eot_token  # pairs have ends of text within them, too
-    encode = lambda enc, pieces: encode_pairs(enc, template, pieces) if template else encode_pieces(enc, pieces)
-    writer = ShardWriter(out, settings["shard_tokens"], lengths, begin, shards, masked=bool(template))
-    count = lambda key, *splits: sum(s[key] for s in shards if s["split"] in (splits or ("train", "val", "test")))
-    val_left = val_tokens and val_tokens - count("tokens", "val")
-    shares = split_shares(settings["splits"] or "90/10") if val_tokens is None else (100, 0, 0)
-    started, saved, done = time.time(), time.time(), count("tokens")
-    with ThreadPoolExecutor(workers, initializer=start) as pool:
-        submit = lambda pieces: pool.submit(lambda: encode(own.enc, pieces))
-        by_document = begin if len(sources) > 1 else None
-        streams = [encoded(s, at, shares, submit, 2 * workers + 2, by_document) for s, at in zip(sources, progress["sources"])]
-        for i, split, tokens, at in mixed(streams, [s.weight for s in sources], progress["sources"], begin):
-            if max_bytes:
-                tokens = tokens[:text_end(tokens, lengths, max_bytes - count("bytes"), begin)]
-                if not len(tokens):
-                    break
-            progress["sources"][i].update(at, tokens=progress["sources"][i]["tokens"] + len(tokens) * (split == "train"))
-            if val_left:
-                writer.append("val", tokens[:val_left])
-                tokens, val_left = tokens[val_left:], max(0, val_left - len(tokens))
-            writer.append(split, tokens)
-            if (now := time.time()) - saved > SAVE_SECONDS:
-                saved = now
-                writer.sync()
-                write_json(os.path.join(out, PROGRESS), progress)
-                report(count("tokens"), count("bytes"), done, now - started, size, expected)
-    writer.finish()
-    for stream in streams:
-        stream.close()
-    gc.collect()  # a parquet reader that is left half-way, in a cycle, can abort Python's exit (huggingface/datasets 7467)
-
-
-def encoded(source, at, shares, submit, depth, by_document):
-    """
-    Yields (split, tokens, where to begin after them) from a source: all that a batch has for a split, or, where by_document
-    is the token that a document begins with, document by document. A bounded queue of batches waits, so that memory does not grow with the text.
-    """
-    waiting, batches, taken = deque(), source.read(at["state"]), at["taken"]
-    state, n = at["state"], at["pieces"]
-    while True:
-        while batches and len(waiting) < depth:
-            if (batch := next(batches, None)) is None:
-                batches = None
-                break
-            parts = {}
-            for i, (text, begins) in enumerate(batch[0], n):
-                split = split_of(i, shares)
-                # A piece of a long document that does not follow its predecessor begins a document there.
-                parts.setdefault(split, []).append((text, begins or split != split_of(i - 1, shares)))
-            waiting.append(([(split, submit(part)) for split, part in parts.items()], dict(state=state, pieces=n)))
-            state, n = batch[1], n + len(batch[0])
-        if not waiting:
-            return
-        work, begin = waiting.popleft()
-        position = 0  # in the batch's tokens; those up to `taken` were written before
-        for split, future in work:
-            tokens = future.result()
-            cuts = [] if by_document is None else np.flatnonzero(tokens[1:] == by_document) + 1
-            for run in np.split(tokens, cuts):
-                position += len(run)
-                if position > taken:
-                    yield split, run, dict(begin, taken=position)
-        taken = 0
-
-
-def mixed(streams, weights, written, begin):
-    """
-    Yields (i, *run) from streams i. The next run is of the stream whose train tokens, over its weight, are furthest behind;
-    what goes to val and test is not counted, and a document that was begun is ended first.
-    """
-    heads = {i: run for i, stream in enumerate(streams) if (run := next(stream, None))}
-    while heads:
-        i = min(heads, key=lambda i: (heads[i][1][0] == begin, written[i]["tokens"] / weights[i]))
-        yield i, *heads[i]
-        heads[i] = next(streams[i], None)
-        if not heads[i]:
-            del heads[i]
-
-
-def text_end(tokens, lengths, n_bytes, begin):
-    """Where the document ends that holds byte n_bytes of the text, or where the tokens do."""
-    if n_bytes <= 0:
-        return 0
-    at = int(np.searchsorted(lengths[tokens & TOKEN].cumsum(), n_bytes)) + 1
-    after = np.flatnonzero(tokens[at:] == begin)
-    return at + int(after[0]) if len(after) else len(tokens)
-
-
-def encode_pieces(enc, pieces):
-    """
-    One call of tiktoken for many documents: joined by the end-of-text string, which is special there alone. Where a
-    document holds that string itself, or half a surrogate pair, each is encoded on its own.  -> (n,) uint32
-    """
-    joined = "".join(EOT + text if begins else text for text, begins in pieces)
-    if joined.count(EOT) == sum(begins for _, begins in pieces):
-        try:
-            return enc.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
-        except UnicodeEncodeError:
-            pass
-    return np.array([t for text, begins in pieces for t in [enc.eot_token] * begins + enc.encode_ordinary(text)], dtype=np.uint32)
-
-
-def encode_pairs(enc, template, pieces):
-    return np.concatenate([encode_chat(enc, template, turns) for turns, _ in pieces])
-
-
-# -- pairs from a server that speaks OpenAI's chat completions: most do, in the cloud or at home
-
-KEY = "OPENAI_API_KEY"  # the environment's; it goes into requests and nowhere else
-TRIES, LONGEST_WAIT, TIMEOUT, GIVEN_UP = 8, 60, 300, 10  # of a prompt; seconds, twice; prompts in a row without a response
-
-
-def synthesize(prompts, endpoint, model, request=None, concurrency=None, out=None):
-    """
-    Asks for a response to every prompt, and appends each, with where it is from, to a file of pairs. What is there already is not
-    asked for again.
-    """
+def synthesize(prompts=None, endpoint=None, model=None, request="{}", concurrency=8, out="data/synth.jsonl"):
+    """Asks a server to respond to every prompt that has no response yet, and appends each to a file of pairs."""
     for name, value in (("prompts", prompts), ("endpoint", endpoint), ("model", model)):
         if not value:
             raise UserError(f"--source=synth needs --{name}")
-    out, concurrency = out or os.path.join("data", "synth.jsonl"), 8 if concurrency is None else concurrency
     if not out.lower().endswith(".jsonl"):
         raise UserError(f"--out={out} must be a file of pairs, .jsonl")
-    if not 1 <= concurrency <= 1000:
-        raise UserError(f"--concurrency={concurrency} is not from 1 to 1,000")
+    url = completions_url(endpoint)
     try:
-        extra = json.loads(request or "{}")
+        extra = json.loads(request)
         body = {**extra, "model": model, "messages": list(extra.get("messages", []))}
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise UserError(f"--request={request} must be a JSON object, {{\"temperature\": 0.7}} say") from None
-    try:
-        url = urllib.parse.urlsplit(endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions")
-        good = url.scheme in ("http", "https") and url.hostname and (url.port or True)
-    except ValueError:
-        good = False
-    if not good or url.username or url.query:
-        raise UserError(f"--endpoint must be like http://localhost:8000/v1; a key goes into {KEY}")
+        raise UserError(f"--request={request} must be a JSON object, such as {{\"temperature\": 0.7}}") from None
+    wanted = read_prompts(prompts)
+    with open_responses(out, model) as (file, answered):
+        todo = [prompt for prompt in wanted if prompt not in answered]
+        print(f"{out}: {len(wanted) - len(todo):,} of {len(wanted):,} prompts have a response", flush=True)
+        missing, failures_in_a_row = len(todo), 0
+        with progress_bar(len(wanted), "prompts", len(wanted) - len(todo)) as bar:
+            for prompt, response, reason, server_failed in ask_all(url, body, todo, concurrency):
+                if response is None:
+                    problem = reason
+                    print(f"no response to {prompt[:60]!r}: {reason}", flush=True)
+                    failures_in_a_row += server_failed
+                    if failures_in_a_row == MAX_FAILURES:
+                        break
+                    continue
+                row = dict(prompt=prompt, response=response, model=model, endpoint=url, finish_reason=reason,
+                           time=int(time.time()), request=extra)
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+                file.flush()
+                os.fsync(file.fileno())
+                missing -= 1
+                failures_in_a_row = 0
+                bar.update()
+    if missing:
+        raise UserError(f"{missing:,} of {len(wanted):,} prompts have no response, the last one because of "
+                        f"{problem}; the same command asks for them again")
+    print(f"{out}: {len(wanted):,} pairs; to train on them: "
+          f"python train.py --recipe=sft --init_from=MODEL --data={out}")
+
+
+def completions_url(endpoint):
+    """http://localhost:8000/v1 -> http://localhost:8000/v1/chat/completions"""
+    if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[\w./-]*)?", endpoint):
+        raise UserError(f"--endpoint must look like http://localhost:8000/v1; a key goes into {KEY}")
+    return endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+
+
+def ask_all(url, body, prompts, concurrency):
+    """Yields what `ask` returns for each prompt, as it arrives; `concurrency` requests are under way at a time."""
+    session = open_session(concurrency)
+    prompts, running = iter(prompts), set()
+    with ThreadPoolExecutor(concurrency) as pool:
+        while True:
+            for prompt in itertools.islice(prompts, concurrency - len(running)):
+                running.add(pool.submit(ask, session, url, body, prompt))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+
+
+def open_session(concurrency):
+    """A session that retries with back-off, waits as long as a Retry-After header says, and follows no redirect."""
+    import requests
+    import urllib3
     key = os.environ.get(KEY, "").strip()
     if not re.fullmatch("[!-~]*", key):
         raise UserError(f"{KEY} holds a character that no key has")
-
-    wanted = read_prompts(prompts)
-    file, answered = open_answers(out, model)
-    todo, running = deque(p for p in wanted if p not in answered), {}
-    say(f"{out}: {len(wanted) - len(todo):,} of {len(wanted):,} prompts have their response")
-    failed_in_a_row, last, show = 0, "", meter("prompts", len(wanted), len(wanted) - len(todo))
-    stop, server = threading.Event(), dict(calm=0.0, said="")  # when it may be asked again, by its own word; how the last try failed
-
-    def collect(futures):
-        """Puts the responses that have come into the file."""
-        nonlocal failed_in_a_row, last
-        for future in futures:
-            prompt, (text, why, failed) = running.pop(future), future.result()
-            if text is None:
-                last = why
-                failed_in_a_row += failed
-                say(f"no response to {prompt[:60]!r}: {why}")
-                continue
-            row = dict(prompt=prompt, response=text, model=model, endpoint=url.geturl(), finish_reason=why, time=int(time.time()), request=extra)
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-            answered.add(prompt)
-            failed_in_a_row = 0
-
-    try:
-        with file, ThreadPoolExecutor(concurrency) as pool:
-            try:
-                while (todo or running) and failed_in_a_row < GIVEN_UP:
-                    while todo and len(running) < concurrency:
-                        prompt = todo.popleft()
-                        messages = [*body["messages"], {"role": "user", "content": prompt}]
-                        running[pool.submit(ask, url.geturl(), key, {**body, "messages": messages}, stop, server)] = prompt
-                    collect(wait(running, timeout=1, return_when=FIRST_COMPLETED)[0])
-                    pause = server["calm"] - time.monotonic()
-                    said = f"the server asks for {clock(pause)} of patience" if pause > 1 else server["said"]
-                    show(len(wanted) - len(todo) - len(running), lambda: said)
-            except KeyboardInterrupt:
-                say(f"stopping: {len(running)} responses are on their way; Ctrl-C again drops them")
-                raise
-            finally:
-                stop.set()
-                while running:
-                    try:
-                        collect(wait(running, return_when=FIRST_COMPLETED)[0])
-                    except UserError:  # the one that is being raised, once more
-                        pass
-                    except KeyboardInterrupt:
-                        os._exit(130)
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}; the same command goes on from what is there") from None
-    if lacking := sum(p not in answered for p in wanted):
-        raise UserError(f"{lacking:,} of {len(wanted):,} prompts have no response, the last for {last}; the same command asks for them again")
-    say(f"{out}: {len(wanted):,} pairs; python train.py --recipe=sft --init_from=MODEL --data={out} learns them")
+    retry = urllib3.Retry(
+        TRIES - 1, allowed_methods=None, status_forcelist=RETRY_STATUS, backoff_factor=1, backoff_max=MAX_BACKOFF,
+        raise_on_status=False)
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
+    session.auth = lambda request: request  # otherwise requests would replace our key with one from ~/.netrc
+    if key:
+        session.headers["Authorization"] = f"Bearer {key}"
+    return session
 
 
-def ask(url, key, body, stop, server):
-    """
-    -> the response, why it ended, and False; or None, why there is none, and whether that is for the server to mend. Waits and
-    tries again where that may help.
-    """
-    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    tries, until, why = 0, 0.0, "a stop"
-    while tries < TRIES and not stop.is_set():
-        if (left := max(until, server["calm"]) - time.monotonic()) > 0:
-            stop.wait(left)
-            continue
-        tries, seconds = tries + 1, min(LONGEST_WAIT, 2**tries) * random.uniform(0.5, 1)
+def ask(session, url, body, prompt):
+    """-> (prompt, response, finish reason, False), or (prompt, None, what went wrong, whether the server failed)"""
+    from requests import RequestException
+    from requests.exceptions import ChunkedEncodingError
+    from urllib3.exceptions import HTTPError
+    body = {**body, "messages": [*body["messages"], {"role": "user", "content": prompt}]}
+    for attempt in range(TRIES):  # for malformed answers; urllib3 retries connection errors and bad statuses
+        if attempt > 0:
+            time.sleep(min(MAX_BACKOFF, 2**attempt) * random.uniform(0.5, 1))
         try:
-            with OPENER.open(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=TIMEOUT) as response:
-                choice = json.load(response)["choices"][0]
-            if (choice["message"]["content"] or "").strip():
-                server["said"] = ""
-                return choice["message"]["content"].strip(), choice.get("finish_reason"), False
-            why = "an empty response"
-        except urllib.error.HTTPError as e:
-            why = f"HTTP status {e.code}"
-            if e.code in (401, 403):
-                raise UserError(f"{url} " + (f"does not take the key in {KEY}" if key else f"wants a key; set {KEY}")) from None
-            if e.code < 400 or e.code == 404:
-                raise UserError(f"{url} has no model {body['model']}, or is not the server's address ({why})") from None
-            if e.code < 500 and e.code not in (408, 409, 425, 429):
-                return None, why, False
-            if (said := retry_after(e.headers)) is not None:  # to wait as told is no failure
-                tries, seconds = tries - 1, said * random.uniform(1, 1.5)
-                server["calm"] = max(server["calm"], time.monotonic() + said)
-        except (OSError, http.client.HTTPException) as e:
-            why = str(getattr(e, "reason", e)) or type(e).__name__
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            why = "an answer that is no chat completion"
-        until, server["said"] = time.monotonic() + seconds, why
-    return None, why, not stop.is_set()
+            answer = session.post(url, json=body, timeout=(30, TIMEOUT), allow_redirects=False)
+            if answer.status_code >= 300:
+                check_status(answer.status_code, url, body["model"])
+                return prompt, None, f"HTTP status {answer.status_code}", answer.status_code in RETRY_STATUS
+            choice = answer.json()["choices"][0]
+            if response := choice["message"]["content"].strip():
+                return prompt, response, choice.get("finish_reason"), False
+            problem = "an empty response"
+        except (ChunkedEncodingError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            problem = "an answer that is not a chat completion"
+        except (RequestException, HTTPError) as e:
+            return prompt, None, type(e).__name__, True
+    return prompt, None, problem, True
 
 
-def retry_after(headers):
-    """How many seconds a server asks to wait, an hour at most; it may also name a time. None where it does not say."""
-    said = headers.get("Retry-After", "").strip()
-    try:
-        seconds = float(said) if re.fullmatch(r"[\d.]+", said) else email.utils.parsedate_to_datetime(said).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return min(max(seconds, 0.0), 3600.0)
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A key is for the address that was named."""
-
-    def redirect_request(self, *args):
-        return None
-
-
-OPENER = urllib.request.build_opener(NoRedirect)
+def check_status(status, url, model):
+    """Raises an error if no prompt will ever be answered."""
+    if status in (401, 403):
+        raise UserError(f"{url} " + (f"rejects the key in {KEY}" if KEY in os.environ else f"needs a key; set {KEY}"))
+    if status == 404 or status < 400:
+        raise UserError(f"{url} has no model {model}, or is not the server's address (HTTP status {status})")
 
 
 def read_prompts(path):
     """A prompt a line, or the prompts of a .jsonl file, each once"""
     prompts = []
-    with open_source_file(path) as f:
+    with open_file(path) as f:
         for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
             try:
-                if line.strip():
-                    text = line.decode("utf-8-sig")
-                    text = prompt_of(json.loads(text)) if path.lower().endswith(".jsonl") else text.strip()
-                    prompts.append(text.encode("utf-8", "replace").decode())  # half a surrogate pair can be neither sent nor stored
+                text = line.decode("utf-8-sig").strip()
+                if path.lower().endswith(".jsonl"):
+                    text = parse_prompt(json.loads(text))
             except (ValueError, TypeError, AttributeError, RecursionError) as e:
-                raise UserError(f"{path}, line {number}: no prompt ({str(e)[:60]})") from None
+                raise UserError(f"{path}, line {number}: not a prompt ({str(e)[:60]})") from None
+            # half a surrogate pair can be neither sent nor stored
+            prompts.append(text.encode("utf-8", "replace").decode())
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return list(dict.fromkeys(prompts))
 
 
-def open_answers(path, model):
-    """-> the file, for appending and for no other process, and the prompts that it answers. A line cut off by a kill is removed."""
+@contextlib.contextmanager
+def open_responses(path, model):
+    """-> the file, open for appending by this process alone, and the prompts it answers"""
+    import filelock
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = open(path, "ab+")
-        with contextlib.suppress(ImportError):  # not on Windows
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with filelock.FileLock(path + ".lock", timeout=0), open(path, "ab+") as file:
+            yield file, read_responses(file, path, model)
+    except filelock.Timeout:
         raise UserError(f"{path} is being written by another process") from None
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from None
+        raise UserError(f"cannot write {path}: {e.strerror or e}; the same command continues from there") from None
+
+
+def read_responses(file, path, model):
+    """The prompts that are answered. A last line cut off by a kill is removed."""
     file.seek(0)
-    answered, end, line = set(), 0, b"\n"
+    answered, end = set(), 0
     for number, line in enumerate(file, 1):
         try:
             row = json.loads(line)
-            if row["model"] != model:
-                raise UserError(f"{path} has responses of {row['model']}; choose another --out for {model}")
-            answered.add((row["prompt"], row["response"])[0])
+            prompt, _, author = row["prompt"], row["response"], row["model"]
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            begun = b'{"prompt": '
-            if not isinstance(e, ValueError) or line.endswith(b"\n") or line[:len(begun)] != begun[:len(line)]:
-                raise UserError(f"{path}, line {number}, is not of --source=synth; choose another --out") from None
-            file.truncate(end)
-            break
+            start = b'{"prompt": '  # a line that we began but did not finish; any other is somebody else's
+            if isinstance(e, ValueError) and not line.endswith(b"\n") and line[:len(start)] == start[:len(line)]:
+                file.truncate(end)
+                return answered
+            raise UserError(f"{path}, line {number}, was not written by --source=synth; choose another --out") from None
+        if author != model:
+            raise UserError(f"{path} has responses from {author}; choose another --out for {model}")
+        answered.add(prompt)
         end += len(line)
-    else:
-        file.write(b"\n" * (not line.endswith(b"\n")))
-    return file, answered
+        if not line.endswith(b"\n"):
+            file.write(b"\n")
+    return answered
 
 
-def large_pages():
-    """
-    On a CPU, page faults cost more than anything else: lets torch use large pages, and glibc keep what is freed. It must be
-    said before torch is imported.
-    """
-    if sys.platform != "linux":
-        return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    try:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-    except (OSError, AttributeError):  # a C library without mallopt
-        pass
+# -- the command line
+
+def positive(text):
+    if (number := integer(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
 
 
-def report(tokens, n_bytes, done, seconds, size, expected):
-    rate = (tokens - done) / seconds
-    share = n_bytes / size if size else tokens / expected if expected else None
-    left = tokens / share - tokens if share else None
-    ahead = f", {min(share, 1):.0%}, {clock(max(left, 0) / rate)} left" if share and rate else ""
-    say(f"{tokens:,} tokens, {rate:,.0f} tokens/s{ahead}", again=True)
-
-
-def check_settings(out, old, new):
-    for key in new:
-        if old.get(key) != new[key]:
-            if key == "source_fingerprint":
-                raise UserError(f"{out} was made from another version of {new['source']}; remove {out} or choose another --out")
-            raise UserError(f"{out} was made with {key}={old.get(key)}, not {new[key]}; remove {out} or choose another --out")
-
-
-def read_json(path):
-    """None where there is no such file."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{path} is damaged; remove its folder and prepare the data again") from None
-
-
-def read_manifest(folder):
-    """None where the folder has none: it is unfinished, or other people's."""
-    manifest = read_json(os.path.join(folder, MANIFEST))
-    if manifest is not None and (not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION):
-        raise UserError(f"{os.path.join(folder, MANIFEST)} is not one that this version of dataset.py wrote; prepare the data again")
-    return manifest
-
-
-def count_line(shards):
-    count = lambda split: sum(s["tokens"] for s in shards if s["split"] == split)
-    return ", ".join(f"{count(split):,} {split} tokens" for split in ("train", "val", "test") if count(split)) + \
-        f", {sum(s['documents'] for s in shards):,} documents"
-
-
-def clock(seconds):
-    m, s = divmod(int(seconds), 60)
-    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
-
-
-def say(line, again=False):
-    """A line of news; `again` marks one that, on a terminal, the next line replaces."""
-    if sys.stdout.isatty():
-        line = line[:shutil.get_terminal_size().columns - 1] if again else line  # a wrapped line could not be replaced
-        print(f"\r\x1b[K{line}", end="" if again else "\n", flush=True)
-    else:
-        print(line, flush=True)
-
-
-def meter(unit, total, begun=0):
-    """
-    -> a function that is told how many are done, of which `begun` were before, and says so with the rate and the time left:
-    five times a second on a terminal, every ten seconds on stderr where stdout is a file. Its news, a function of nothing, is
-    asked only then.
-    """
-    started = shown = time.monotonic()
-
-    def show(done, news=lambda: ""):
-        nonlocal shown
-        if (now := time.monotonic()) - shown > (0.2 if sys.stdout.isatty() else 10):
-            shown, rate, more = now, (done - begun) / (now - started), news()
-            ahead = f", {clock((total - done) / rate)} left" if rate else ""
-            line = f"{done:,}/{total:,} {unit}, {rate:,.1f}/s{ahead}{'; ' * bool(more)}{more}"
-            say(line, again=True) if sys.stdout.isatty() else print(line, file=sys.stderr, flush=True)
-
-    return show
-
-
-class Parser(argparse.ArgumentParser):
-    """Complains in one line, and prints a script's docstring as it stands."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message):
-        if m := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            near = difflib.get_close_matches(m[1], self._option_string_actions, 1)
-            message = f"there is no option {m[1]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        self.exit(2, f"{self.prog}: {message}\n")
+def parse_options():
+    p = Parser(prog="dataset.py", description=__doc__, argument_default=argparse.SUPPRESS)
+    p.add_argument("--source", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], .txt, .jsonl or .parquet files, "
+                   "'dir/*.txt'; several, separated by commas, are read one after the other; or synth")
+    p.add_argument("--out", help="folder for the shards (default: data/NAME); with synth, the file of pairs (default: "
+                   "data/synth.jsonl)")
+    text = p.add_argument_group("text to shards")
+    text.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the folder of prepared data "
+                      "whose tokenizer to reuse (default: gpt2)")
+    text.add_argument("--column", help="the column of tables that holds the text (default: text)")
+    text.add_argument("--doc_sep", help="the line that separates documents of a text file (default: a blank line)")
+    text.add_argument("--max_bytes", type=positive, help="stop after the document that reaches this much text")
+    text.add_argument("--splits", help="percentages of the documents for train, val and test, such as 98/1/1 (default: "
+                      "90/10, or 99/1 for sources known to be large)")
+    text.add_argument("--shard_tokens", type=positive, help=f"tokens per shard (default: {SHARD_TOKENS:,})")
+    pairs = p.add_argument_group("a .jsonl file of prompts and responses")
+    pairs.add_argument("--strict", action="store_true", help="make the first malformed line an error")
+    synth = p.add_argument_group("--source=synth")
+    synth.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl with prompt or instruction")
+    synth.add_argument("--endpoint", metavar="URL",
+                       help=f"a chat completions server, such as http://localhost:8000/v1; its key in {KEY}")
+    synth.add_argument("--model", metavar="NAME", help="as the server calls it")
+    synth.add_argument("--request", metavar="JSON", help='added to each request: {"temperature": 0.7}')
+    synth.add_argument("--concurrency", type=positive, help="requests at a time (default: 8)")
+    return vars(p.parse_args())
 
 
 def main():
-    p = Parser(prog="dataset.py", description=__doc__)
-    p.add_argument("--source", help=f"{', '.join(SOURCES)}, hf:owner/name[:config], synth, or .txt, .jsonl, .parquet files, 'dir/*.txt'; "
-                   "several, separated by commas, are mixed (%(default)s)")
-    p.add_argument("--weights", type=numbers, help="tokens of each source of a mix, relative to the others: 3,1 (equal)")
-    p.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the path of a tokenizer.json (gpt2)")
-    p.add_argument("--out", help="folder for the shards (data/NAME); of synth, the file of pairs (data/synth.jsonl)")
-    p.add_argument("--column", help="the column with the text, in tables (text); named, no .jsonl is taken for pairs")
-    p.add_argument("--doc_sep", help=r"what separates the documents of a text file, \n for a newline (blank lines)")
-    p.add_argument("--max_bytes", type=integer, help="stop with the document, or the part of a long one, that reaches this much text (all of it)")
-    p.add_argument("--splits", help="percentages of the documents for train, val and test: 98/1/1 (90/10, but see --val_tokens)")
-    p.add_argument("--val_tokens", type=integer, help="instead of --splits: the first tokens are for validation (the first shard of a large source)")
-    p.add_argument("--shard_tokens", type=integer, help="tokens a shard (%(default)s)")
-    p.add_argument("--special", type=lambda text: text.split(","), help=f"special tokens of bpe:N, separated by commas ({EOT})")
-    p.add_argument("--bpe_bytes", type=integer, help="bpe:N is trained on this much of the source (%(default)s)")
-    p.add_argument("--workers", type=integer, help="threads that tokenize (all cores)")
-    p.add_argument("--strict", action="store_true", help="the first line of a file of pairs that is none is the end")
-    synth = p.add_argument_group("--source=synth asks a server for responses")
-    synth.add_argument("--prompts", metavar="FILE", help="a prompt a line, or a .jsonl file with prompt or instruction")
-    synth.add_argument("--endpoint", metavar="URL", help=f"of a server with OpenAI's chat completions, http://localhost:8000/v1 say; its key in {KEY}")
-    synth.add_argument("--model", metavar="NAME", help="as the server calls it")
-    synth.add_argument("--request", metavar="JSON", help='what else a request says: {"temperature": 0.7, "messages": [{"role": "system", "content": "..."}]}')
-    synth.add_argument("--concurrency", type=integer, help="requests at a time (8)")
-    p.set_defaults(**{k: v.default for k, v in inspect.signature(prepare).parameters.items()})
-    a = vars(p.parse_args())
-    asked = {k: a.pop(k) for k in ("prompts", "endpoint", "model", "request", "concurrency")}
-    if a["source"] == "synth":
-        if other := [k for k, v in a.items() if k not in ("source", "out") and v != p.get_default(k)]:
-            raise UserError(f"--{other[0]} is not for --source=synth, which only asks; name its file as the --source of another command")
-        return synthesize(out=a["out"], **asked)
-    if given := [k for k, v in asked.items() if v is not None]:
-        raise UserError(f"--{given[0]} goes with --source=synth")
-    prepare(**a)
-
-
-def numbers(text):
-    """"3,1" -> [3.0, 1.0]"""
-    return [float(w) for w in text.split(",")]
-
-
-def integer(text):
-    """"100_000", "1e8" -> int"""
-    n = float(text)
-    if not n.is_integer():  # nor are inf and nan
-        raise ValueError
-    return int(n)
+    options = parse_options()
+    source = options.get("source", "")
+    if source == "synth":
+        job, kind = synthesize, "synth"
+        options.pop("source")
+    elif holds_pairs(source) and "column" not in options:
+        job, kind = check_pairs, f"{source}, which holds pairs that train.py reads as they are"
+        options["path"] = options.pop("source")
+    else:
+        job, kind = prepare, f"{source or 'fineweb-edu'}, which holds text"
+    for name in options:
+        if name not in inspect.signature(job).parameters:
+            raise UserError(f"--{name} does not apply to --source={kind}")
+    job(**options)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"dataset.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ndataset.py: stopped; the same command goes on from here")
+    sys.excepthook = report_error
+    main()
