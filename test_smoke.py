@@ -1859,8 +1859,10 @@ def test_a_resumed_run_takes_nothing_but_known_and_checked_hyperparameters_from_
     assert len(losses(tmp_path / "run")) == 1 and not (tmp_path / "elsewhere").exists()
     for change, error in (
             (dict(max_lr="a lot"), "'a lot' is not a number"), (dict(seed=-1), "seed=-1 is below 0"),
-            (dict(recipe="../x"), "with an unknown recipe"), (dict(dtype="int8"), "invalid choice: 'int8'")):
-        torch.save({**ckpt, "train_config": {**ckpt["train_config"], **change}}, tmp_path / "hostile.pt")
+            (dict(recipe="../x"), "with an unknown recipe"), (dict(dtype="int8"), "invalid choice: 'int8'"),
+            (None, "was not written by train.py")):
+        train_config = {**ckpt["train_config"], **change} if change else ["no dict"]
+        torch.save({**ckpt, "train_config": train_config}, tmp_path / "hostile.pt")
         r = script(here("train.py"), *options, cwd=workspace)
         assert r.returncode == 1 and error in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
 

@@ -268,7 +268,7 @@ def find_resume(settings):
     for path in paths:
         try:
             ckpt = {**read_checkpoint(path), "path": path}
-            if "run" not in ckpt:
+            if not isinstance(ckpt.get("run"), dict) or not isinstance(ckpt.get("train_config"), dict):
                 raise UserError(f"{path} was not written by train.py; start from its weights with --init_from={path}")
             return ckpt
         except UserError as e:
@@ -286,11 +286,11 @@ def resumed_settings(parser, ckpt, asked):
     -> the recipe and the settings of the run that a checkpoint belongs to. A stranger may have made the file, so only
     known hyperparameters are taken, none of them a path, each as if it stood on the command line.
     """
-    saved = {k: v for k, v in ckpt["train_config"].items() if k in SETTINGS and k not in NOT_RESUMED}
-    if not re.fullmatch(r"gpt2|byte|bpe:\d+", str(saved.get("tokenizer"))):
+    saved = {k: ckpt["train_config"].get(k, default) for k, default in SETTINGS.items() if k not in NOT_RESUMED}
+    if not re.fullmatch(r"gpt2|byte|bpe:\d+", str(saved["tokenizer"])):
         saved["tokenizer"] = "model"  # not a path, but the one in the checkpoint
     saved = parse_values(parser, saved, ckpt["path"])
-    if saved.get("recipe") not in RECIPES:
+    if saved["recipe"] not in RECIPES:
         raise UserError(f"{ckpt['path']} was trained with an unknown recipe")
     if asked.get("recipe", saved["recipe"]) != saved["recipe"]:
         raise UserError(f"{ckpt['path']} was trained with recipe {saved['recipe']}, not {asked['recipe']}; start a new "
