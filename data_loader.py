@@ -72,11 +72,13 @@ class DataLoader:
         """How many targets the next n rows of all processes have"""
         return int(self.rows.target_counts(self.order(self.position, n)).sum())
 
-    def last_places(self, n, shown=4):
-        """Where the last n rows of all processes come from: data/x/train_000000.bin at token 4,096, ... and 508 more"""
-        indices = self.order(self.position - n, n)[:shown]
-        more = f" and {n - shown} more" if n > shown else ""
-        return ", ".join(self.rows.place(int(i)) for i in indices) + more
+    def last_places(self, n_batches, shown=4):
+        """Where this process's last rows come from: data/x/train_000000.bin at token 4,096, ... and 508 more"""
+        taken = self.B * self.world_size
+        begins = [self.position - i * taken + self.rank * self.B for i in range(n_batches, 0, -1)]
+        indices = np.concatenate([self.order(begin, self.B) for begin in begins])
+        more = f" and {len(indices) - shown} more" if len(indices) > shown else ""
+        return ", ".join(self.rows.place(int(i)) for i in indices[:shown]) + more
 
     def read(self, indices):
         """-> (2 or 3, n, T) int64"""
@@ -106,6 +108,7 @@ class Windows:
         self.vocab_size = vocab_size or (self.manifest or {}).get("vocab_size")
         self.eot = self.manifest["eot"] if self.manifest else 50256  # other people's shards are in GPT-2's tokens
         self.shards = [read_shard(path) for path in self.paths]
+        self.states = [file_state(path) for path in self.paths]
         for path, tokens, n in zip(self.paths, self.shards, counts):
             if n is not None and len(tokens) != n:
                 raise UserError(f"{path} has {len(tokens):,} tokens, {MANIFEST} says {n:,}; prepare the data again")
@@ -146,6 +149,8 @@ class Windows:
         shard, filled = bisect.bisect_right(self.ends, start), 0
         while filled < n:
             tokens = self.shards[shard]
+            if file_state(self.paths[shard]) != self.states[shard]:  # reading beyond a file's new end is a bus error
+                raise UserError(f"{self.paths[shard]} has changed, or is gone, since this run began")
             begin = start + filled - (self.ends[shard] - len(tokens))
             part = tokens[begin:begin + n - filled]
             if self.vocab_size and len(part) and part.max() >= self.vocab_size:
@@ -158,6 +163,15 @@ class Windows:
             if hasattr(mmap, "MADV_DONTNEED") and isinstance(tokens.base, mmap.mmap):
                 tokens.base.madvise(mmap.MADV_DONTNEED)
         return out
+
+
+def file_state(path):
+    """By which a change of a file is noticed"""
+    try:
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns, status.st_ino
+    except OSError:
+        return None
 
 
 class Pairs:

@@ -21,6 +21,7 @@ import glob
 import hashlib
 import heapq
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -33,7 +34,6 @@ import sys
 import threading
 import time
 import types
-import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -85,18 +85,55 @@ def report_error(kind, error, trace):
     """For sys.excepthook: a user's mistake is one line on stderr; only a bug shows a traceback."""
     script = os.path.basename(sys.argv[0])
     if issubclass(kind, UserError):
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {error}".replace("\n", " "), file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print(f"\n{script}: interrupted", file=sys.stderr)
+    elif issubclass(kind, MemoryError) or re.search("allocate memory|out of memory", str(error)):
+        print(f"{script}: out of memory; use a smaller model, batch or file", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
+class Descriptor(io.FileIO):
+    """Drops what cannot be written: a closed pipe or a full disk must not cost a run its checkpoint."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+class Terminal(io.TextIOWrapper):
+    """Removes control characters and colours, since a stranger's file could use them to take over the terminal."""
+
+    def write(self, text):
+        super().write(re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "", text))
+        return len(text)
+
+
+def start_script():
+    """What every script does first: errors and output as above, and no file may take the place of a closed stdout."""
+    sys.excepthook = report_error
+    while os.open(os.devnull, os.O_RDWR) <= 2:
+        pass
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        stream = io.BufferedWriter(Descriptor(fd, "w", closefd=False))
+        encoding = getattr(getattr(sys, name), "encoding", "utf-8")
+        setattr(sys, name, Terminal(stream, encoding, "replace", line_buffering=fd == 2 or os.isatty(fd)))
+    sys.stdin = sys.stdin or open(os.devnull)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, a suggestion for a misspelt option, and the docstring printed as written."""
+    """argparse with one-line errors, ~ for the home folder, a suggestion for a misspelt option, the docstring as is."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def parse_args(self, arguments=None):
+        # A shell leaves --out=~/x as it is.
+        arguments = sys.argv[1:] if arguments is None else arguments
+        return super().parse_args([re.sub(r"(?<==)~(?=/)", os.path.expanduser("~"), a, count=1) for a in arguments])
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
@@ -124,11 +161,18 @@ def integer(text):
 def write_atomically(path, write):
     """`write(file)` fills a temporary file, which is flushed to disk and renamed: a visible file is complete."""
     temporary = path + ".tmp"
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)  # of a full disk it takes the last space
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
+            raise e.__context__ from None  # torch's own error does not say that the disk is full
+        raise
 
 
 def write_json(path, value):
@@ -141,6 +185,34 @@ def open_file(path):
         return open(path, "rb")
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+@contextlib.contextmanager
+def reading(path, kind, hint=""):
+    """Around all use of a file that may be damaged or a stranger's: what goes wrong is one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except Exception as e:
+        raise UserError(f"{path} is not {kind}, or is damaged ({type(e).__name__}){hint}") from e
+
+
+def check_types(value, like):
+    """
+    Raises a TypeError unless a value from a file has the types of an example: dicts have its keys, all elements of
+    lists are like its first, and a whole number will do for a float.
+    """
+    if isinstance(like, dict) and isinstance(value, dict):
+        for key in like:
+            check_types(value[key], like[key])
+    elif isinstance(like, list) and isinstance(value, (list, tuple)):
+        for element in value:
+            check_types(element, like[0])
+    elif type(value) is not type(like) and (type(value), type(like)) != (int, float):
+        raise TypeError(f"{type(value).__name__}, not {type(like).__name__}")
 
 
 def progress_bar(total, unit, done=0):
@@ -182,13 +254,21 @@ def parse_tokenizer(text):
 
 def read_spec(path):
     """A JSON file with a tokenizer's spec in it (a manifest, or an export's) -> the whole file as a dict"""
-    content = read_json(path)
-    try:
-        if content["tokenizer"]["name"] != "gpt2":
-            get_tokenizer(content["tokenizer"]).eot_token
+    with reading(path, "a file with a tokenizer"):
+        content = read_json(path)
+        check_spec(content["tokenizer"], content.get("template"))
         return content
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} holds no tokenizer") from None
+
+
+def check_spec(spec, template=None):
+    """Raises an error unless these, from a file, are a tokenizer's spec and, if there is one, a chat template."""
+    check_types(template or {}, dict(user="", assistant="") if template else {})
+    if not re.fullmatch(r"gpt2|byte|bpe:\d[\d_]*", spec["name"]) or not is_trained(spec):
+        raise ValueError("not a tokenizer")
+    if spec["name"] != "gpt2":
+        enc = get_tokenizer(spec)
+        if EOT not in enc.special_tokens_set or enc.n_vocab > 2**16:
+            raise ValueError("not a tokenizer of ours")
 
 
 def is_trained(spec):
@@ -245,10 +325,20 @@ def chat_template(enc):
     return {"user": "User:\n", "assistant": "\n\nAssistant:\n"}
 
 
+def encode_text(enc, text):
+    """enc.encode_ordinary, except that tiktoken panics at a million spaces in a row: such a text is cut."""
+    try:
+        return enc.encode_ordinary(text)
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        return [token for i in range(0, len(text), 10_000) for token in enc.encode_ordinary(text[i:i + 10_000])]
+
+
 def encode_marker(enc, marker):
     if marker in enc.special_tokens_set:
         return [enc.encode_single_token(marker)]
-    return enc.encode_ordinary(marker)
+    return encode_text(enc, marker)
 
 
 def encode_chat(enc, template, turns):
@@ -260,8 +350,8 @@ def encode_chat(enc, template, turns):
     user, assistant = encode_marker(enc, template["user"]), encode_marker(enc, template["assistant"])
     tokens, targets = [], []
     for i, (prompt, response) in enumerate(turns):
-        asked = [enc.eot_token, *user, *enc.encode_ordinary(prompt), *assistant]
-        answer = [] if response is None else enc.encode_ordinary(response)
+        asked = [enc.eot_token, *user, *encode_text(enc, prompt), *assistant]
+        answer = [] if response is None else encode_text(enc, response)
         tokens += asked + answer
         targets += [i > 0] + [False] * (len(asked) - 1) + [True] * len(answer)
     return tokens, targets
@@ -271,7 +361,7 @@ def prompt_tokens(enc, template, turns):
     """The prompt as tokens: the whole chat if there is a template, else only the last prompt, as plain text."""
     if template:
         return encode_chat(enc, template, [(prompt.strip(), response) for prompt, response in turns])[0]
-    return [enc.eot_token, *enc.encode_ordinary(turns[-1][0])]
+    return [enc.eot_token, *encode_text(enc, turns[-1][0])]
 
 
 def hugging_face_tokenizer(enc):
@@ -403,7 +493,7 @@ def write_shard(path, tokens):
 
 def read_shard(path):
     """The tokens of a .bin or .npy shard, memory-mapped.  -> (n,) uint16"""
-    try:
+    with reading(path, "a token shard"):
         if path.endswith(".npy"):
             tokens = np.load(path, mmap_mode="r")
             if tokens.dtype != np.uint16 or tokens.ndim != 1:
@@ -411,28 +501,19 @@ def read_shard(path):
             return tokens
         size = os.path.getsize(path)
         header = np.fromfile(path, dtype="<i4", count=256)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
-    except (ValueError, EOFError):
-        raise UserError(f"{path} is not a .npy file, or is cut short") from None
-    if len(header) < 256 or header[0] != MAGIC:
-        raise UserError(f"{path} is not a token shard: it does not begin with the magic number {MAGIC}")
-    if header[1] != VERSION:
-        raise UserError(f"{path} is a shard of version {header[1]}; this program reads version {VERSION}")
-    n, present = int(header[2]), (size - HEADER_BYTES) // 2
-    if size != HEADER_BYTES + 2 * n:
-        raise UserError(f"{path} is damaged: its header says {n:,} tokens, its length {present:,}")
-    if n == 0:
-        return np.empty(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+        if len(header) < 256 or header[0] != MAGIC:
+            raise UserError(f"{path} is not a token shard: it does not begin with the magic number {MAGIC}")
+        if header[1] != VERSION:
+            raise UserError(f"{path} is a shard of version {header[1]}; this program reads version {VERSION}")
+        n, present = int(header[2]), (size - HEADER_BYTES) // 2
+        if size != HEADER_BYTES + 2 * n:
+            raise UserError(f"{path} is damaged: its header says {n:,} tokens, its length {present:,}")
+        return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES) if n else np.empty(0, dtype="<u2")
 
 
 def read_json(path):
-    with open_file(path) as f:
-        try:
-            return json.loads(f.read())
-        except ValueError:
-            raise UserError(f"{path} is damaged: it is not JSON") from None
+    with reading(path, "JSON"), open(path, "rb") as f:
+        return json.loads(f.read())
 
 
 def read_manifest(folder):
@@ -440,10 +521,22 @@ def read_manifest(folder):
     path = os.path.join(folder, MANIFEST)
     if not os.path.exists(path):
         return None
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
-        raise UserError(f"{path} was not written by this version of dataset.py; prepare the data again")
-    return manifest
+    with reading(path, "a manifest of dataset.py"):
+        manifest = read_json(path)
+        if manifest.get("version") != MANIFEST_VERSION:
+            raise UserError(f"{path} was not written by this version of dataset.py; prepare the data again")
+        check_types(manifest, dict(settings={}, tokenizer_fingerprint="", vocab_size=0, eot=0))
+        check_spec(manifest["tokenizer"])
+        check_entries(manifest["shards"])
+        return manifest
+
+
+def check_entries(shards):
+    """Raises an error unless these are the entries of a manifest; none may name a file outside the folder."""
+    check_types(shards, [dict(file="", split="", tokens=0, bytes=0, documents=0, crc32=0)])
+    for shard in shards:
+        if shard["split"] not in SPLITS or not re.fullmatch(shard["split"] + r"_\d{6,}\.bin", shard["file"]):
+            raise ValueError("not the name of a shard")
 
 
 class ShardWriter:
@@ -552,14 +645,16 @@ def open_files(name, paths, column, doc_sep):
     kinds = {os.path.splitext(path)[1].lower() for path in paths}
     if ".json" in kinds:
         raise UserError(f"{name} is a single JSON value; write one object per line, as .jsonl")
-    if kinds & {".jsonl", ".parquet"}:
-        if len(kinds) > 1:
-            raise UserError(f"{name} matches files of several kinds; name one kind")
-        options = dict(path="json" if kinds == {".jsonl"} else "parquet", data_files=paths)
-        read = functools.partial(read_dataset, name, column, options)
+    if len(kinds) > 1 and kinds & {".jsonl", ".parquet"}:
+        raise UserError(f"{name} matches files of several kinds; name one kind")
+    if kinds == {".parquet"}:
+        read = functools.partial(read_dataset, name, column, dict(path="parquet", data_files=paths))
+    elif kinds == {".jsonl"}:
+        read = functools.partial(read_text, paths, functools.partial(read_rows, column))
     else:
         # A text of few, long documents is read in pieces, so that it too can be divided into train and val.
-        read = functools.partial(read_text, paths, doc_sep, min(1 << 20, max(64, size // 20)))
+        piece_chars = min(1 << 20, max(64, size // 20))
+        read = functools.partial(read_text, paths, functools.partial(read_pieces, doc_sep, piece_chars))
     folder = re.sub(r"[^\w.-]+", "", os.path.splitext(os.path.basename(name))[0])
     return Source(folder, os.path.basename(name), read, size / 4, fingerprint(paths))  # about 4 bytes per token
 
@@ -585,12 +680,9 @@ def fingerprint(paths):
     return digest.hexdigest()[:16]
 
 
-def read_text(paths, doc_sep, piece_chars, n_done):
-    """
-    Yields (pieces, how many so far) from text files, skipping the first n_done pieces. Documents are separated by blank
-    lines, or by lines equal to doc_sep.
-    """
-    pieces = itertools.chain.from_iterable(read_pieces(path, doc_sep, piece_chars) for path in paths)
+def read_text(paths, read_file, n_done):
+    """Yields (pieces, how many so far) from files, skipping the first n_done pieces."""
+    pieces = itertools.chain.from_iterable(read_file(path) for path in paths)
     batch, size = [], 0
     for n, (text, begins) in enumerate(pieces, 1):
         if n > (n_done or 0):
@@ -603,8 +695,30 @@ def read_text(paths, doc_sep, piece_chars, n_done):
         yield batch, n
 
 
-def read_pieces(path, doc_sep, piece_chars):
-    """Yields (text, whether it begins a document) from a text file; documents over piece_chars come in pieces"""
+def read_rows(column, path):
+    """Yields (text, True) from a .jsonl file, one document a line."""
+    with open_file(path) as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise UserError(f"{path}, line {number}: not JSON") from None
+            if not isinstance(row, dict) or column not in row:
+                names = ", ".join(row) if isinstance(row, dict) else "it is not an object"
+                raise UserError(f"{path}, line {number}: no column {column!r}; choose one with --column: {names}")
+            if not isinstance(row[column], (str, type(None))):
+                raise UserError(f"{path}, line {number}: {column!r} is {type(row[column]).__name__}, not text")
+            if row[column]:
+                yield row[column], True
+
+
+def read_pieces(doc_sep, piece_chars, path):
+    """
+    Yields (text, whether it begins a document) from a text file. Documents are separated by blank lines, or by lines
+    equal to doc_sep; those over piece_chars come in pieces.
+    """
     line = rf"[ \t]*{re.escape(doc_sep)}[ \t]*(?=\n|\Z)" if doc_sep else r"(?:[ \t]*\n)+"
     separator = re.compile(r"\n" + line)
     text = "\n"  # what is not yielded yet; a newline before it, since a file or a block may begin with a separator
@@ -725,20 +839,21 @@ def read_batches(sources, position, shares, max_bytes=None):
 
 def encode_pieces(enc, pieces):
     """
-    One call of tiktoken for many documents, joined by the end-of-text string. If a document contains that string
-    itself, or half a surrogate pair, every piece is encoded separately.  -> (n,) uint32
+    One call of tiktoken for many documents, joined by the end-of-text string. If that fails, or a document contains
+    the string itself, every piece is encoded separately.  -> (n,) uint32
     """
     joined = "".join(EOT + text if begins else text for text, begins in pieces)
     if joined.count(EOT) == sum(begins for _, begins in pieces):
         try:
             return enc.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
-        except UnicodeEncodeError:
-            pass
+        except BaseException as e:
+            if not isinstance(e, UnicodeEncodeError) and type(e).__name__ != "PanicException":
+                raise
     tokens = []
     for text, begins in pieces:
         if begins:
             tokens.append(enc.eot_token)
-        tokens += enc.encode_ordinary(text)
+        tokens += encode_text(enc, text)
     return np.array(tokens, dtype=np.uint32)
 
 
@@ -821,7 +936,7 @@ def check_same_settings(out, old, new):
             how = f"with {key}={old.get(key)}, not {new[key]}"
             if key == "source_fingerprint":
                 how = f"from another version of {new['source']}"
-            raise UserError(f"{out} was made {how}; remove it or choose another --out")
+            raise UserError(f"{out} was made {how}; remove it, or choose another folder")
 
 
 @contextlib.contextmanager
@@ -848,6 +963,14 @@ def check_shards(folder, shards):
             if zlib.crc32(read_shard(path)) != shard["crc32"]:
                 raise UserError(f"{path} has changed since it was written; remove {folder} and prepare it again")
             bar.update(shard["tokens"])
+
+
+def verify(folder):
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no {MANIFEST}, so there is nothing to compare it with")
+    check_shards(folder, manifest["shards"])
+    print(f"{folder} is intact: {count_line(manifest['shards'])}")
 
 
 def write_shards(out, sources, spec, settings, expected_tokens):
@@ -896,18 +1019,20 @@ def load_progress(folder, settings):
             raise UserError(f"{folder} already holds {strangers[0]}, which this command did not write; "
                             "choose another --out")
         return None, {}
-    try:
+    with reading(path, "a progress file", f"; remove {folder} and prepare it again"):
         with np.load(path) as arrays:
             pending = {split: arrays[split] for split in SPLITS if split in arrays}
             state = json.loads(arrays["state"].tobytes())
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{path} is damaged; remove {folder} and prepare it again") from None
-    if not state["shards"] and state["settings"] != settings:  # nothing is lost by starting again
-        for path in glob.glob(os.path.join(glob.escape(folder), "*.bin")):
-            os.remove(path)
-        return None, {}
-    check_same_settings(folder, state["settings"], settings)
-    return state, pending
+        check_spec(state["tokenizer"])
+        check_entries(state["shards"])
+        source, _, count, n_bytes = state["position"]
+        check_types([source, count, n_bytes], [0])
+        if any(tokens.dtype != np.uint16 or tokens.ndim != 1 for tokens in pending.values()):
+            raise TypeError("not tokens")
+        if not state["shards"] and state["settings"] != settings:  # nothing is lost by starting again
+            return None, {}
+        check_same_settings(folder, state["settings"], settings)
+        return state, pending
 
 
 def train_tokenizer(sources, name, settings):
@@ -1064,6 +1189,7 @@ def check_pairs(path, tokenizer="gpt2", strict=False):
 
 KEY = "OPENAI_API_KEY"  # an environment variable; the key goes into requests and nowhere else
 TRIES, MAX_BACKOFF, TIMEOUT = 8, 60, 300  # tries per prompt; seconds between tries, and for a response
+MAX_ANSWER = 1 << 24  # bytes of an answer; the rest is not read
 MAX_FAILURES = 10  # prompts in a row that the server fails to answer, before giving up
 RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 
@@ -1154,22 +1280,22 @@ def open_session(concurrency):
 def ask(session, url, body, prompt):
     """-> (prompt, response, finish reason, False), or (prompt, None, what went wrong, whether the server failed)"""
     from requests import RequestException
-    from requests.exceptions import ChunkedEncodingError
-    from urllib3.exceptions import HTTPError
+    from urllib3.exceptions import DecodeError, HTTPError, ProtocolError
     body = {**body, "messages": [*body["messages"], {"role": "user", "content": prompt}]}
     for attempt in range(TRIES):  # for malformed answers; urllib3 retries connection errors and bad statuses
         if attempt > 0:
             time.sleep(min(MAX_BACKOFF, 2**attempt) * random.uniform(0.5, 1))
         try:
-            answer = session.post(url, json=body, timeout=(30, TIMEOUT), allow_redirects=False)
+            answer = session.post(url, json=body, timeout=(30, TIMEOUT), allow_redirects=False, stream=True)
+            content = answer.raw.read(MAX_ANSWER, decode_content=True)
             if answer.status_code >= 300:
                 check_status(answer.status_code, url, body["model"])
                 return prompt, None, f"HTTP status {answer.status_code}", answer.status_code in RETRY_STATUS
-            choice = answer.json()["choices"][0]
+            choice = json.loads(content)["choices"][0]
             if response := choice["message"]["content"].strip():
                 return prompt, response, choice.get("finish_reason"), False
             problem = "an empty response"
-        except (ChunkedEncodingError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        except (ProtocolError, DecodeError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             problem = "an answer that is not a chat completion"
         except (RequestException, HTTPError) as e:
             return prompt, None, type(e).__name__, True
@@ -1264,6 +1390,7 @@ def parse_options():
     text.add_argument("--splits", help="percentages of the documents for train, val and test, such as 98/1/1 (default: "
                       "90/10, or 99/1 for sources known to be large)")
     text.add_argument("--shard_tokens", type=positive, help=f"tokens per shard (default: {SHARD_TOKENS:,})")
+    p.add_argument("--verify", metavar="DIR", help="compare a prepared folder with its checksums, and stop")
     pairs = p.add_argument_group("a .jsonl file of prompts and responses")
     pairs.add_argument("--strict", action="store_true", help="make the first malformed line an error")
     synth = p.add_argument_group("--source=synth")
@@ -1279,20 +1406,23 @@ def parse_options():
 def main():
     options = parse_options()
     source = options.get("source", "")
-    if source == "synth":
-        job, kind = synthesize, "synth"
+    if "verify" in options:
+        job, kind = verify, "--verify"
+        options["folder"] = options.pop("verify")
+    elif source == "synth":
+        job, kind = synthesize, "--source=synth"
         options.pop("source")
     elif holds_pairs(source) and "column" not in options:
-        job, kind = check_pairs, f"{source}, which holds pairs that train.py reads as they are"
+        job, kind = check_pairs, f"--source={source}, which holds pairs that train.py reads as they are"
         options["path"] = options.pop("source")
     else:
-        job, kind = prepare, f"{source or 'fineweb-edu'}, which holds text"
+        job, kind = prepare, f"--source={source or 'fineweb-edu'}, which holds text"
     for name in options:
         if name not in inspect.signature(job).parameters:
-            raise UserError(f"--{name} does not apply to --source={kind}")
+            raise UserError(f"--{name} does not apply to {kind}")
     job(**options)
 
 
 if __name__ == "__main__":
-    sys.excepthook = report_error
+    start_script()
     main()

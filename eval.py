@@ -20,10 +20,14 @@ import os
 import sys
 import time
 
+import dataset
+
+if __name__ == "__main__":
+    dataset.start_script()  # before torch, whose import takes seconds in which Ctrl-C may come
+
 import numpy as np
 import torch
 
-import dataset
 import hellaswag
 from data_loader import DataLoader, Pairs, find_shards
 from dataset import UserError
@@ -289,16 +293,19 @@ def export(model, enc, spec, folder, template=None):
     """Writes a model and its tokenizer for transformers: AutoModelForCausalLM and AutoTokenizer."""
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"{folder} is not empty; choose another folder for --export")
-    model.save_pretrained(folder, enc.eot_token)
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast", model_max_length=model.cfg.block_size, eos_token=dataset.EOT,
         bos_token=dataset.EOT, unk_token=dataset.EOT, clean_up_tokenization_spaces=False)
     if template:
         chat = CHAT_TEMPLATE.replace("USER", json.dumps(template["user"]))
         settings["chat_template"] = chat.replace("ASSISTANT", json.dumps(template["assistant"]))
-    dataset.write_json(os.path.join(folder, "tokenizer.json"), dataset.hugging_face_tokenizer(enc))
-    dataset.write_json(os.path.join(folder, "tokenizer_config.json"), settings)
-    dataset.write_json(os.path.join(folder, dataset.TOKENIZER_SPEC), dict(tokenizer=spec, template=template))
+    model.save_pretrained(folder, enc.eot_token)
+    try:
+        dataset.write_json(os.path.join(folder, "tokenizer.json"), dataset.hugging_face_tokenizer(enc))
+        dataset.write_json(os.path.join(folder, "tokenizer_config.json"), settings)
+        dataset.write_json(os.path.join(folder, dataset.TOKENIZER_SPEC), dict(tokenizer=spec, template=template))
+    except OSError as e:
+        raise UserError(f"cannot write {folder}: {e.strerror or e}") from None
 
 
 # -- the command line
@@ -344,8 +351,7 @@ def parse_options():
 
 def main():
     a = parse_options()
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # where the terminal lacks a character
+    sys.stdin.reconfigure(errors="replace")  # where the terminal lacks a character
     if a.compare:
         compare(a.compare, a.perplexity, a.split, a.stride, a.data, a.limit, a.device, a.dtype)
         return
@@ -377,5 +383,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.excepthook = dataset.report_error
     main()

@@ -11,12 +11,15 @@ and, for ASCII text, its acc_norm). Texts are used as they are; lm-evaluation-ha
 """
 import json
 import math
-import sys
+
+from dataset import Parser, UserError, encode_text, get_tokenizer, open_file, positive, progress_bar, start_script
+
+if __name__ == "__main__":
+    start_script()  # before torch, whose import takes seconds in which Ctrl-C may come
 
 import torch
 from torch import nn
 
-from dataset import Parser, UserError, get_tokenizer, open_file, positive, progress_bar, report_error
 from model import isolate_documents, open_model
 
 MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
@@ -97,7 +100,7 @@ def read_examples(path, limit=None):
                     check_example(examples[-1])
                 if limit and len(examples) == limit:
                     break
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise UserError(f"{path}, line {number}: not a HellaSwag example (ctx, four endings, label)") from None
     if not examples:
         raise UserError(f"{path} holds no examples")
@@ -108,8 +111,8 @@ def check_example(example):
     endings = example["endings"]
     if not isinstance(endings, list) or len(endings) != 4 or int(example["label"]) not in range(4):
         raise ValueError
-    if not all(isinstance(text, str) and text for text in (example["ctx"], *endings)):
-        raise ValueError
+    if not all(isinstance(text, str) and text.encode() for text in (example["ctx"], *endings)):
+        raise ValueError  # as does half a surrogate pair
 
 
 def split_example(example, enc, block_size=1024):
@@ -118,7 +121,7 @@ def split_example(example, enc, block_size=1024):
     block_size, the context is cut from the left; endings are cut to block_size - 1, so that one token of it remains.
     """
     texts = [example["ctx"], *(" " + ending for ending in example["endings"])]
-    context, *endings = enc.encode_ordinary_batch(texts, num_threads=1)
+    context, *endings = [encode_text(enc, text) for text in texts]
     endings = [ending[:block_size - 1] for ending in endings]
     room = block_size - max(map(len, endings))
     return context[-room:], endings
@@ -211,7 +214,8 @@ def score(model, encoded, rank=0, world_size=1, should_stop=lambda: False):
             batch = Batch(examples, device)
             sums = ending_losses(model, batch)
             for i, losses in enumerate((sums, sums / batch.n_tokens, sums / batch.n_bytes)):
-                right[i] += (losses.argmin(dim=1) == batch.labels).sum()
+                is_right = losses.argmin(dim=1) == batch.labels
+                right[i] += (is_right & losses.isfinite().all(dim=1)).sum()  # no credit for NaN
             n += len(examples)
             if rank == 0:
                 bar.update(len(examples))
@@ -243,5 +247,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.excepthook = report_error
     main()

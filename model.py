@@ -7,11 +7,11 @@ The defaults of GPTConfig are GPT-2 124M. Parameters have the names of Hugging F
 import ctypes
 import functools
 import importlib.util
-import json
 import math
 import os
 import re
 import sys
+import zipfile
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,11 +19,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dataset import TOKENIZER_SPEC, UserError, read_spec
+from dataset import (TOKENIZER_SPEC, UserError, check_spec, check_types, read_json, read_spec, reading,
+                     write_atomically, write_json)
 
 GPT2_TOKENS = 50257
 GPT2_PADDED = 50304  # the next multiple of 128: matrix products are faster
-
+MAX_SIZE = 2**17  # of any number in a shape: a larger one is a mistake or a damaged file
 
 CHOICES = {
     "pos": ("learned", "sinusoidal", "rotary"),
@@ -61,8 +62,8 @@ class GPTConfig:
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise UserError(f"{name}={getattr(self, name)} must be from 1 to {MAX_SIZE:,}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.pos == "rotary" and self.n_embd // self.n_head % 2:
@@ -73,6 +74,8 @@ class GPTConfig:
             raise UserError(f"vocab_size={self.vocab_size} is too small for {self.n_tokens} tokens")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if not 0 <= self.softcap < math.inf:
+            raise UserError(f"softcap={self.softcap} must be a number of at least 0")
 
 
 # Shapes of GPT-2, of the five trainers in the README, and our own: what differs from GPTConfig's defaults.
@@ -109,6 +112,12 @@ def sinusoids(T, C):
     """The positions of "Attention Is All You Need", 3.5: sine in even channels, cosine in odd ones.  -> (T, C)"""
     angle = torch.arange(T)[:, None] / 10000 ** (torch.arange(0, C, 2) / C)  # (T, C/2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)  # (T, C/2, 2) -> (T, C)
+
+
+def rotations(T, hs):
+    """The cosine and sine by which rotary positions turn the channels of a head.  -> (2, T, hs/2)"""
+    angle = torch.arange(T)[:, None] * 10000 ** (-torch.arange(0, hs, 2) / hs)  # (T, hs/2)
+    return torch.stack((angle.cos(), angle.sin()))
 
 
 def rotate(x, cos, sin):
@@ -228,13 +237,19 @@ class GPT(nn.Module):
         self.lm_head = Linear(C, cfg.vocab_size, bias=cfg.head_bias)
         if cfg.tie_head:
             self.lm_head.weight = self.transformer.wte.weight
-        if cfg.pos == "sinusoidal":
-            self.register_buffer("sinusoids", sinusoids(T, C), persistent=False)
-        if cfg.pos == "rotary":
-            hs = C // cfg.n_head
-            angle = torch.arange(T)[:, None] * 10000 ** (-torch.arange(0, hs, 2) / hs)  # (T, hs/2)
-            self.register_buffer("rotary", torch.stack((angle.cos(), angle.sin())), persistent=False)
+        self.make_tables()
         self.init_weights()
+
+    def make_tables(self):
+        """Positions that are computed, not learned"""
+        T, C = self.cfg.block_size, self.cfg.n_embd
+        # A process's first call of MKL's vector functions chooses their code. When two threads make it together, one
+        # process in 15 gets another last digit than the others. A single element is computed by one thread.
+        torch.zeros(1).cos()
+        if self.cfg.pos == "sinusoidal":
+            self.register_buffer("sinusoids", sinusoids(T, C), persistent=False)
+        if self.cfg.pos == "rotary":
+            self.register_buffer("rotary", rotations(T, C // self.cfg.n_head), persistent=False)
 
     def init_weights(self):
         """GPT-2's: normal(0, 0.02), scaled by 1/sqrt(2 * n_layer) where a layer adds to the residual stream"""
@@ -359,6 +374,8 @@ class GPT(nn.Module):
         idx = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # nothing attends to padding that comes after it
         cache.write_at = slice(idx.size(1))
         x = self.hidden(idx, cache=cache)  # (B, T, C)
+        if not x.isfinite().all():
+            raise UserError("the model's output is not finite: its training has diverged, or its weights are damaged")
         cache.lengths = lengths
         return x[torch.arange(len(rows), device=x.device), torch.tensor(lengths, device=x.device) - 1]
 
@@ -396,32 +413,32 @@ class GPT(nn.Module):
         config = export_config(self.cfg, self.cfg.n_tokens - 1 if eot is None else eot, self.lm_head.weight.dtype)
         try:
             os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
-                json.dump(config, f, indent=1)
+            write_json(os.path.join(folder, "config.json"), config)
             if importlib.util.find_spec("safetensors"):
-                from safetensors.torch import save_file
-                save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+                from safetensors.torch import save
+                content = save(weights, metadata={"format": "pt"})
+                write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(content))
             else:
-                torch.save(weights, os.path.join(folder, "pytorch_model.bin"))
+                write_atomically(os.path.join(folder, "pytorch_model.bin"), lambda f: torch.save(weights, f))
         except OSError as e:
             raise UserError(f"cannot write {folder}: {e.strerror or e}") from None
 
     @classmethod
     def from_pretrained(cls, name):
         """A Hugging Face GPT-2: a folder, or a name such as gpt2, gpt2-xl, owner/name"""
-        config, weights = read_hugging_face(name if os.path.isdir(name) else download_model(name))
-        model = cls(import_config(config, name))
-        imported = {}
-        for key, tensor in weights.items():
-            if key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks, stored by old versions
-                continue
-            if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                tensor = tensor.t()  # their Conv1D stores (in, out)
-            imported[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = tensor
-        if model.cfg.tie_head and "transformer.wte.weight" in imported:
-            imported["lm_head.weight"] = imported["transformer.wte.weight"]
-        load_weights(model, imported, name)
-        return model.eval()
+        folder = name if os.path.isdir(name) else download_model(name)
+        with reading(folder, "a Hugging Face GPT-2"):
+            config, weights = read_hugging_face(folder)
+            cfg, imported = import_config(config, name), {}
+            for key, tensor in weights.items():
+                if key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks, stored by old versions
+                    continue
+                if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                    tensor = tensor.t()  # their Conv1D stores (in, out)
+                imported[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = tensor
+            if cfg.tie_head and "transformer.wte.weight" in imported:
+                imported["lm_head.weight"] = imported["transformer.wte.weight"]
+            return build_model(cfg, imported, name).eval()
 
 
 class KVCache:
@@ -480,6 +497,8 @@ def pick_device(name="auto", local_rank=0):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("it must be auto, cuda, cuda:1, mps or cpu")
         if device.type == "cpu":
             use_large_pages()
         torch.empty(1, device=device)
@@ -546,25 +565,41 @@ class ForeignConfig:
     """Stands in for the class GPTConfig in build-nanogpt's checkpoints: its fields, without its code"""
 
 
+def load_file(path):
+    """
+    What torch.save wrote, on the CPU. With weights_only a hostile file cannot run code; torch itself neither compares
+    the checksums in the file nor limits what compressed parts of it expand to.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("compressed")
+            if part := archive.testzip():
+                raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
+    classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    configs = [(ForeignConfig, name) for name in classes if name.endswith(".GPTConfig")]
+    with torch.serialization.safe_globals(configs):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(path):
-    """Loads a file of torch.save onto the CPU, as a dict. With weights_only a hostile file cannot run code."""
+    """-> a checkpoint as a dict, its parts checked as far as a model and its tokenizer need them"""
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}")
-    try:
-        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        configs = [(ForeignConfig, name) for name in classes if name.endswith(".GPTConfig")]
-        with torch.serialization.safe_globals(configs):
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # what torch raises on a foreign file depends on its first bytes
-        raise UserError(f"{path} is not a checkpoint, or is damaged ({type(e).__name__})") from None
-    if not isinstance(ckpt, dict):
-        raise UserError(f"{path} is not a checkpoint of train.py")
-    if "version" in ckpt and ckpt["version"] != CHECKPOINT_VERSION:
-        raise UserError(f"{path} has checkpoint version {str(ckpt['version'])[:20]}; this program reads version "
-                        f"{CHECKPOINT_VERSION}")
-    if "version" in ckpt and not CHECKPOINT_KEYS <= ckpt.keys():
-        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(CHECKPOINT_KEYS - ckpt.keys()))}")
-    return ckpt
+    with reading(path, "a checkpoint"):
+        ckpt = load_file(path)
+        if not isinstance(ckpt, dict):
+            raise UserError(f"{path} is not a checkpoint of train.py")
+        if "version" not in ckpt:
+            return ckpt
+        if ckpt["version"] != CHECKPOINT_VERSION:
+            raise UserError(f"{path} has checkpoint version {int(ckpt['version'])}; this program reads version "
+                            f"{CHECKPOINT_VERSION}")
+        if missing := CHECKPOINT_KEYS - ckpt.keys():
+            raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+        check_spec(ckpt["tokenizer"], ckpt.get("template"))
+        check_types(ckpt, dict(step=0, model={}))
+        return ckpt
 
 
 def convert_foreign(ckpt, path):
@@ -595,28 +630,42 @@ def strip_prefixes(weights):
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in weights.items()}
 
 
-def load_weights(model, weights, source):
-    """Copies a state dict into the model. An error names the first tensor that does not fit."""
-    weights, expected = strip_prefixes(weights), model.state_dict()
-    problems = [f"{k} is missing" for k in expected.keys() - weights.keys()]
-    problems += [f"{k} is unexpected" for k in weights.keys() - expected.keys()]
-    for k in expected.keys() & weights.keys():
-        if expected[k].shape != weights[k].shape:
-            problems.append(f"{k} is {tuple(weights[k].shape)}, not {tuple(expected[k].shape)}")
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{source} does not fit the model: {sorted(problems)[0]}{more}")
-    model.load_state_dict(weights)
+def build_model(cfg, weights, source):
+    """A model with the weights of a state dict. Nothing is allocated before their names and shapes are known to fit."""
+    with reading(source, "a model's weights"):
+        weights = strip_prefixes(weights)
+        layers = {m[1] for name in weights if (m := re.match(r"transformer\.h\.(\d+)\.", name))}
+        if len(layers) != cfg.n_layer:
+            raise UserError(f"{source} does not fit the model: it has {len(layers)} layers, not {cfg.n_layer}")
+        with torch.device("meta"):
+            model = GPT(cfg)
+        expected = model.state_dict()
+        problems = [f"{k} is missing" for k in expected.keys() - weights.keys()]
+        problems += [f"{k} is unexpected" for k in weights.keys() - expected.keys()]
+        for k in expected.keys() & weights.keys():
+            if expected[k].shape != weights[k].shape:
+                problems.append(f"{k} is {tuple(weights[k].shape)}, not {tuple(expected[k].shape)}")
+            elif weights[k].numel() * weights[k].element_size() > weights[k].untyped_storage().nbytes():
+                problems.append(f"{k} repeats its values")
+            elif not weights[k].isfinite().all():
+                problems.append(f"{k} has values that are not finite: training diverged, or the file is damaged")
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise UserError(f"{source} does not fit the model: {sorted(problems)[0]}{more}")
+        model.load_state_dict({k: v.float().contiguous() for k, v in weights.items()}, assign=True)
+        if cfg.tie_head:
+            model.lm_head.weight = model.transformer.wte.weight
+        model.make_tables()
+        return model
 
 
 def make_config(values, path):
     """A GPTConfig from a file's dict. Unknown fields, and values of a wrong type, are errors."""
-    known = {f.name: type(f.default) for f in fields(GPTConfig)}
+    known = {f.name: f.default for f in fields(GPTConfig)}
     if not isinstance(values, dict) or not values.keys() <= known.keys():
         raise UserError(f"{path} has unknown fields in its model_config; is it from a newer version?")
-    for name, value in values.items():
-        if type(value) is not known[name] and not (known[name] is float and type(value) is int):
-            raise UserError(f"{path} is damaged: its model_config has {name}={str(value)[:40]!r}")
+    with reading(path, "a checkpoint"):
+        check_types(values, {name: known[name] for name in values})
     return GPTConfig(**values)
 
 
@@ -624,9 +673,9 @@ def load_checkpoint(path, device="cpu"):
     """-> the model, ready for use, and the rest of the checkpoint: step, tokenizer, settings, ..."""
     ckpt = read_checkpoint(path)
     if "version" not in ckpt:
-        ckpt = convert_foreign(ckpt, path)
-    model = GPT(make_config(ckpt["model_config"], path))
-    load_weights(model, ckpt.pop("model"), path)
+        with reading(path, "a checkpoint"):
+            ckpt = convert_foreign(ckpt, path)
+    model = build_model(make_config(ckpt["model_config"], path), ckpt.pop("model"), path)
     return model.to(device).eval(), ckpt
 
 
@@ -697,16 +746,11 @@ def read_hugging_face(folder):
         raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
     if not has_safetensors and not os.path.exists(pickled):
         raise UserError(f"{folder} is in safetensors format: pip install safetensors")
-    try:
-        with open(config, encoding="utf-8") as f:
-            config = json.load(f)
-        if has_safetensors and os.path.exists(safe):
-            from safetensors.torch import load_file
-            return config, load_file(safe)
-        return config, torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as e:  # json's, safetensors' and torch's own errors for a damaged file
-        reason = str(e).partition("\n")[0][:100]
-        raise UserError(f"{folder} is damaged ({type(e).__name__}: {reason})") from None
+    config = read_json(config)
+    if has_safetensors and os.path.exists(safe):
+        from safetensors.torch import load_file as load_safetensors
+        return config, load_safetensors(safe)
+    return config, load_file(pickled)
 
 
 def import_config(config, name):
@@ -723,10 +767,10 @@ def import_config(config, name):
     act = config.get("activation_function", "gelu_new")
     if act not in HF_ACTIVATIONS:
         raise UserError(f"{name} has activation_function={act}; supported are {', '.join(HF_ACTIVATIONS)}")
-    return GPTConfig(
+    return make_config(dict(
         block_size=config["n_positions"], vocab_size=config["vocab_size"], n_layer=config["n_layer"],
         n_head=config["n_head"], n_embd=config["n_embd"], tie_head=config.get("tie_word_embeddings", True),
-        act=HF_ACTIVATIONS[act])
+        act=HF_ACTIVATIONS[act]), name)
 
 
 def check_exportable(cfg):

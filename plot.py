@@ -35,7 +35,7 @@ def read_log(path):
     for line in lines:
         try:
             if line.startswith("#"):
-                header = json.loads(line[1:])
+                header = read_header(line[1:])
                 continue
             step, stream, value, *rest = line.split()
             fields = dict(pair.split("=", 1) for pair in rest)
@@ -43,7 +43,17 @@ def read_log(path):
             streams.setdefault(stream, {})[int(step)] = float(value), numbers
         except ValueError:
             continue
-    return streams, header if isinstance(header, dict) else {}
+    return streams, header
+
+
+def read_header(text):
+    """-> a run's settings, and scores to compare with, as far as they are what they should be"""
+    try:
+        header = json.loads(text)
+        tokens, references = header["config"]["total_batch_size"], header.get("references", {})
+        return dict(tokens=float(tokens), references={str(k): float(v) for k, v in references.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}
 
 
 def smooth(values, span):
@@ -112,7 +122,7 @@ def plot(paths, out, by_tokens=False):
     logs = [read_log(path) for path in paths]
     scales = [1] * len(logs)
     if by_tokens:
-        scales = [header.get("config", {}).get("total_batch_size") for _, header in logs]
+        scales = [header.get("tokens") for _, header in logs]
         if not all(scales):
             fail(f"{paths[scales.index(None)]} does not say how many tokens a step has; plot by steps")
     has_hella = any(streams["hella"] for streams, _ in logs)

@@ -5,12 +5,14 @@ Hermetic: every test makes what it reads, in folders of its own. Tests that need
 package, real text (TEST_DATA=folder) or a peer's sources (NANOGPT=folder, LLMC=folder) are skipped, with the reason,
 where these are missing.
 """
+import argparse
 import atexit
 import contextlib
 import functools
 import hashlib
 import http.server
 import importlib.util
+import io
 import json
 import math
 import os
@@ -25,8 +27,10 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -72,7 +76,20 @@ def needs_variable(name, what):
 
 needs_gpt2 = pytest.mark.skipif(gpt2_tokenizer() is None,
                                 reason="needs the GPT-2 vocabulary: a network, or TIKTOKEN_CACHE_DIR")
+with warnings.catch_warnings():  # a mark is declared in a file of its own; a flat project has none
+    warnings.simplefilter("ignore")
+    torture = pytest.mark.torture
 needs_test_data = needs_variable("TEST_DATA", "real text and HellaSwag examples")
+
+
+def is_torture(config):
+    return "torture" in config.option.markexpr
+
+
+@pytest.fixture(autouse=True)
+def skip_torture(request):
+    if request.node.get_closest_marker("torture") and not is_torture(request.config):
+        pytest.skip("takes long: python -m pytest -m torture")
 
 
 def script(*args, cwd, **env):
@@ -83,7 +100,7 @@ def script(*args, cwd, **env):
         return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=300, env=env)
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.join(folder, name) for name in ("out", "err")]
-        server = fork_server()
+        server = fork_server(env["OMP_NUM_THREADS"])
         server.stdin.write(json.dumps([args, str(cwd), env, paths]) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
@@ -98,8 +115,8 @@ def run_ok(*args, cwd, **env):
 
 
 @functools.cache
-def fork_server():
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
+def fork_server(threads):
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": HERE}
     pipe = subprocess.PIPE
     server = subprocess.Popen([sys.executable, "-c", FORK_SERVER], stdin=pipe, stdout=pipe, text=True, env=env)
     atexit.register(server.kill)
@@ -1283,11 +1300,12 @@ def test_the_order_depends_neither_on_processes_nor_on_the_micro_batch(shards):
 
 def test_the_places_of_a_steps_data_are_where_its_windows_begin(shards):
     loaders = [DataLoader(shards, "train", 15, 16, rank, 2, stride=7) for rank in range(2)]
-    windows = [row for loader in loaders for row in first_tokens(loader.next_batch())]
-    places = re.findall(r"(\S+) at token ([\d,]+)", loaders[0].last_places(30, shown=30))
-    assert [dataset.read_shard(path)[int(at.replace(",", ""))] for path, at in places] == windows
-    assert len({path for path, _ in places}) > 1
-    assert loaders[0].last_places(30).endswith(" and 26 more") and "more" not in loaders[0].last_places(4)
+    for loader in loaders:
+        windows = [row for _ in range(2) for row in first_tokens(loader.next_batch())]
+        places = re.findall(r"(\S+) at token ([\d,]+)", loader.last_places(2, shown=30))
+        assert [dataset.read_shard(path)[int(at.replace(",", ""))] for path, at in places] == windows
+        assert len({path for path, _ in places}) > 1
+    assert loaders[0].last_places(2).endswith(" and 26 more") and "more" not in loaders[0].last_places(1, shown=15)
 
 
 @pytest.mark.parametrize("stride", [1, 7, 16, 40])
@@ -1580,7 +1598,8 @@ def test_one_process_and_zero2_resume_from_each_others_checkpoints(zero2, one_pr
 
 @pytest.mark.parametrize("option", ["--optimizer=muon", "--compile=true"])
 def test_zero2_says_what_it_cannot_be_combined_with(workspace, option):
-    r = script(here("train.py"), *FAST, "--parallel=zero2", option, cwd=workspace, WORLD_SIZE="2")
+    r = script(here("train.py"), *FAST, "--parallel=zero2", option, cwd=workspace, WORLD_SIZE="2", RANK="0",
+               LOCAL_RANK="0")
     assert r.returncode == 1 and r.stderr == "train.py: parallel=zero2 needs optimizer=adamw and no compile\n"
 
 
@@ -1746,7 +1765,7 @@ def test_a_spike_changes_nothing_even_after_a_resume(tmp_path):
     changed = ["--data=b.txt", "--new_data", "--resume", "--max_steps=150", "--val_interval=1"]
     r = run_ok(here("train.py"), *options, *changed, cwd=tmp_path)
     pattern = r"^step (\d+) is skipped: its (?:loss|gradient norm) of .* standard deviations above the last 128; " \
-        r"its data: data/b-byte/train_000000.bin at token \d.* and 4 more$"
+        r"the data of rank 0: data/b-byte/train_000000.bin at token \d.* and 4 more$"
     skipped = [int(step) for step in re.findall(pattern, r.stdout, re.M)]
     val = {step: line.split()[2] for (stream, step), line in records(tmp_path).items() if stream == "val"}
     assert {140, 141} <= set(skipped) and len(skipped) < 9
@@ -1758,8 +1777,8 @@ def test_a_run_that_diverges_ends_and_leaves_a_good_checkpoint(workspace, tmp_pa
     run_ok(here("train.py"), *options, "--max_steps=2", cwd=workspace)
     r = script(here("train.py"), *options, "--resume", "--max_lr=1e30", "--max_steps=60", cwd=workspace)
     assert r.returncode == 1
-    assert "every step from 3 to 22 was skipped; resume from an earlier checkpoint" in r.stderr.splitlines()[-1]
     good = find_checkpoints(tmp_path)[0]
+    assert f"20 steps in a row were skipped, up to 22; resume from {good} with" in r.stderr.splitlines()[-1]
     assert good.endswith("000002.pt") and all(w.abs().max() < 100 for w in read_checkpoint(good)["model"].values())
 
 
@@ -2459,7 +2478,7 @@ def test_a_log_is_read_with_the_last_line_of_a_step_winning(tmp_path):
     streams, header = plot.read_log(str(tmp_path / "log.txt"))
     assert streams == {"train": {0: (5.0, {"lr": 1e-3}), 1: (4.5, {"lr": 3e-3})}, "val": {0: (5.5, {})},
                        "hella": {1: (0.25, {})}, "test": {}}
-    assert header == {"config": {"total_batch_size": 8}}
+    assert header == {"tokens": 8, "references": {}}
 
 
 def is_picture(path):
@@ -2483,6 +2502,450 @@ def test_plot_draws_whatever_a_log_holds(tmp_path, log):
     assert is_picture(tmp_path / "log.png")
 
 
+# -- faults: signals, closed pipes, full disks, other runs, bad numbers
+
+def start(*args, cwd, **options):
+    """A process of its own, with torch's default threads"""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True, start_new_session=True,
+                            **{**dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), **options})
+
+
+def wait_for_step(folder, step, process):
+    while not (folder / "log.txt").exists() or ("train", step) not in records(folder):
+        assert process.poll() is None, "the run has ended"
+        time.sleep(0.02)
+
+
+ENDLESS = [*FAST, "--max_steps=100000", "--ckpt_interval=0"]
+
+
+def test_the_first_cosine_of_every_process_is_the_same():
+    code = """
+import hashlib, os, torch
+from model import GPT, GPTConfig
+cfg = GPTConfig(n_layer=1, n_head=4, n_embd=128, block_size=256, vocab_size=64, pos="rotary")
+for _ in range(150):
+    if not os.fork():
+        print(hashlib.sha256(GPT(cfg).rotary.numpy().tobytes()).hexdigest(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    env = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "2"}
+    r = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert len(r.stdout.split()) == 150 and len(set(r.stdout.split())) == 1, r.stderr
+
+
+@pytest.mark.parametrize("output", ["a closed pipe", "a full device", "nothing"])
+def test_output_that_cannot_be_written_costs_nothing(workspace, tmp_path, output):
+    command = [*ENDLESS, f"--out_dir={tmp_path}/run"]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if output == "a closed pipe":
+        p = start(here("train.py"), *command, cwd=workspace, **pipe)
+        p.stdout.close()
+    elif output == "a full device":
+        with open("/dev/full", "w") as full:
+            p = start(here("train.py"), *command, cwd=workspace, stdout=full, stderr=full)
+    else:
+        code = "import os, sys; os.close(1); os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        p = start("-c", code, here("train.py"), *command, cwd=workspace)
+    wait_for_step(tmp_path / "run", 3, p)
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60) == 128 + signal.SIGINT
+    assert read_checkpoint(find_checkpoints(tmp_path / "run")[-1])["step"] > 3
+    assert all(re.match(r"\d+ \w+ [\d.]+ |# \{", line) for line in open(tmp_path / "run/log.txt"))
+
+
+def test_one_signal_to_all_processes_and_its_echo_save_once(workspace, tmp_path):
+    p = start("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", here("train.py"), *ENDLESS,
+              f"--out_dir={tmp_path}", cwd=workspace)
+    wait_for_step(tmp_path, 3, p)
+    os.killpg(p.pid, signal.SIGTERM)  # as scancel and systemd do; torchrun then sends its own
+    p.wait(60)
+    assert read_checkpoint(find_checkpoints(tmp_path)[-1])["step"] == max(step for _, step in records(tmp_path)) + 1
+
+
+def test_a_second_ctrl_c_leaves_at_once_if_it_comes_later(monkeypatch):
+    ended, now = [], [100.0]
+    monkeypatch.setattr(train, "stop_signal", 0)
+    monkeypatch.setattr(train.os, "_exit", ended.append)
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    for now[0], expected in ((100.0, []), (100.5, []), (104.0, [130])):
+        train.request_stop(signal.SIGINT, None)
+        assert train.stop_signal == signal.SIGINT and ended == expected
+
+
+def test_workers_whose_torchrun_was_killed_save_and_end_and_their_folder_is_theirs_until_then(workspace, tmp_path):
+    command = [*ENDLESS, f"--out_dir={tmp_path}"]
+    p = start("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", here("train.py"), *command,
+              cwd=workspace)
+    wait_for_step(tmp_path, 3, p)
+    r = script(here("train.py"), *command, cwd=workspace)
+    assert r.returncode == 1 and "is in use by another run" in r.stderr
+    p.kill()
+    with filelock.FileLock(tmp_path / ".lock", timeout=60):
+        pass
+    assert read_checkpoint(find_checkpoints(tmp_path)[-1])["step"] == max(step for _, step in records(tmp_path)) + 1
+
+
+def test_a_run_resumed_from_another_folder_leaves_both_folders_checkpoints_alone(workspace, tmp_path):
+    options = [*FAST, "--ckpt_interval=3", "--keep=1"]
+    run_ok(here("train.py"), *options, "--max_steps=12", f"--out_dir={tmp_path}/here", cwd=workspace)
+    run_ok(here("train.py"), *options, "--max_steps=6", f"--out_dir={tmp_path}/there", cwd=workspace)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "here/checkpoints").iterdir()}
+    resume = f"--resume={tmp_path}/there"
+    run_ok(here("train.py"), *options, resume, "--max_steps=18", f"--out_dir={tmp_path}/here", cwd=workspace)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "here/checkpoints.1").iterdir()} == before
+    assert len(find_checkpoints(tmp_path / "there")) == 1
+
+
+@pytest.mark.parametrize("at", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_flipped_bit_in_a_checkpoint_is_noticed_and_the_one_before_is_resumed(workspace, tmp_path, at):
+    options = [*FAST, f"--out_dir={tmp_path}"]
+    run_ok(here("train.py"), *options, "--max_steps=4", cwd=workspace)
+    path = find_checkpoints(tmp_path)[-1]
+    content = bytearray(open(path, "rb").read())
+    content[int(at * len(content))] ^= 4
+    open(path, "wb").write(content)
+    r = run_ok(here("train.py"), *options, "--max_steps=4", "--resume", cwd=workspace)
+    assert "model_000004.pt is" in r.stderr and "trying the one before" in r.stderr and "from step 2" in r.stdout
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(workspace, tmp_path):
+    size = os.path.getsize(workspace / CKPT) // 2
+    (tmp_path / "limited.py").write_text(f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+sys.path[0], sys.argv = {HERE!r}, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    options = [*FAST, "--max_steps=7", "--ckpt_interval=3", f"--out_dir={tmp_path}/run"]
+    p = start(tmp_path / "limited.py", here("train.py"), *options, cwd=workspace, stderr=subprocess.PIPE)
+    _, err = p.communicate()
+    assert p.returncode == 1 and err.count("cannot write") == 3 and "File too large" in err and "Traceback" not in err
+    assert os.listdir(tmp_path / "run/checkpoints") == [] and len(losses(tmp_path / "run")) == 7
+
+
+def test_a_nan_on_one_of_two_processes_is_named_and_skipped_on_both(workspace, tmp_path):
+    (tmp_path / "nan.py").write_text(f"""
+import os, runpy, sys
+from torch.nn import functional as F
+cross_entropy, calls = F.cross_entropy, []
+def broken(*args, **options):
+    calls.append(1)
+    loss = cross_entropy(*args, **options)
+    return loss * float("nan") if len(calls) == 6 and os.environ["RANK"] == "1" else loss
+F.cross_entropy = broken
+sys.path[0], sys.argv = {HERE!r}, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    options = [*FAST, "--max_steps=9", "--micro_batch=4", f"--out_dir={tmp_path}/run"]
+    r = run_ok("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", tmp_path / "nan.py",
+               here("train.py"), *options, cwd=workspace)
+    assert re.search(r"step 5 is skipped: its loss or gradient is not finite; the data of rank 1: "
+                     r"data/t/train_000000.bin at token [\d,]+,", r.stdout)
+    values = losses(tmp_path / "run")
+    assert math.isnan(values[5]) and all(map(math.isfinite, values[:5] + values[6:])) and len(values) == 9
+    ckpt = read_checkpoint(find_checkpoints(tmp_path / "run")[-1])
+    assert ckpt["run"]["skipped"] == 0 and all(w.isfinite().all() for w in ckpt["model"].values())
+
+
+def test_a_run_with_an_absurd_rate_never_saves_or_ends_well(workspace, tmp_path):
+    options = [*FAST, "--max_lr=1e38", "--warmup_steps=0", "--ckpt_interval=1", "--max_steps=8", "--sample_interval=1"]
+    for _ in range(3):
+        r = script(here("train.py"), *options, f"--out_dir={tmp_path}", "--resume=auto", cwd=workspace)
+        assert r.returncode == 1 and r.stderr.count("\n") == 1 and "with a lower max_lr" in r.stderr, r.stderr
+    for path in find_checkpoints(tmp_path):
+        assert all(w.isfinite().all() for w in read_checkpoint(path)["model"].values())
+
+
+@pytest.mark.parametrize("args", [["eval.py", "--prompt=x"], ["hellaswag.py", "--data=h.jsonl"],
+                                  ["train.py", *FAST, "--resume"], ["train.py", *FAST, "--init_from"]], ids=str)
+def test_weights_that_are_not_finite_are_refused(workspace, tmp_path, args):
+    ckpt = read_checkpoint(str(workspace / CKPT))
+    ckpt["model"]["transformer.h.1.mlp.c_fc.weight"][3, 3] = math.nan
+    torch.save(ckpt, tmp_path / "nan.pt")
+    name, *options = args if args[0] == "train.py" else [*args, "--ckpt"]
+    r = script(here(name), *options[:-1], f"{options[-1]}={tmp_path}/nan.pt", cwd=workspace)
+    assert r.returncode == 1 and "c_fc.weight has values that are not finite" in r.stderr and r.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("change", [dict(n_embd=40000), dict(n_layer=100_000), dict(block_size=10**9)], ids=str)
+def test_an_absurd_shape_is_refused_before_anything_is_allocated(workspace, tmp_path, change):
+    ckpt = read_checkpoint(str(workspace / CKPT))
+    ckpt["model_config"].update(change)
+    torch.save(ckpt, tmp_path / "large.pt")
+    before, began = train.peak_memory_gb(torch.device("cpu")), time.monotonic()
+    with pytest.raises(UserError):
+        load_checkpoint(str(tmp_path / "large.pt"))
+    assert train.peak_memory_gb(torch.device("cpu")) - before < 0.2 and time.monotonic() - began < 20
+
+
+def test_a_manifest_names_no_file_outside_its_folder(workspace, tmp_path):
+    shutil.copytree(workspace / "data/t", tmp_path / "t")
+    manifest = json.loads((tmp_path / "t/meta.json").read_text())
+    manifest["shards"][0]["file"] = "../victim.bin"
+    (tmp_path / "t/meta.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="not a manifest"):
+        DataLoader(str(tmp_path / "t"), "train", 1, 8)
+
+
+def test_a_shard_that_changes_or_goes_while_it_is_read_is_named(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "a")
+    for harm in (lambda path: os.truncate(path, 1100), os.remove):
+        loader = DataLoader(str(tmp_path / "a"), "val", 1, 16)
+        harm(tmp_path / "a/val_000000.bin")
+        with pytest.raises(UserError, match="val_000000.bin has changed, or is gone"):
+            loader.next_batch()
+        shutil.copy(os.path.join(shards, "val_000000.bin"), tmp_path / "a")
+
+
+def test_verify_finds_a_changed_token(workspace, tmp_path):
+    shutil.copytree(workspace / "data/t", tmp_path / "t")
+    verify = [here("dataset.py"), f"--verify={tmp_path}/t"]
+    assert "is intact: " in run_ok(*verify, cwd=tmp_path).stdout
+    with open(tmp_path / "t/train_000000.bin", "r+b") as f:
+        f.seek(3000)
+        f.write(b"\7")
+    r = script(*verify, cwd=tmp_path)
+    assert r.returncode == 1 and "train_000000.bin has changed" in r.stderr
+
+
+def test_what_a_strangers_file_says_cannot_control_the_terminal(tmp_path):
+    (tmp_path / "bad\x1b[2J\x9b31m.txt").write_text("")
+    r = script(here("dataset.py"), "--source=bad\x1b[2J\x9b31m.txt", cwd=tmp_path)
+    assert r.returncode == 1 and r.stderr == "dataset.py: bad31m.txt is empty\n"
+
+
+def test_a_million_spaces_are_text(tmp_path):
+    enc = get_tokenizer("byte")
+    for text in (" " * 300_000 + "x", "\n \t" * 100_000 + "x"):
+        assert enc.decode(dataset.encode_text(enc, text)) == text
+        assert enc.decode(dataset.encode_pieces(enc, [(text, True)]).tolist()) == EOT + text
+
+
+@pytest.mark.parametrize("environment, error", [
+    ({"RANK": "3"}, "RANK=3, which is not what torchrun sets"), ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, which is not"),
+    ({"RANK": "abc", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=abc"),
+    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 must be below WORLD_SIZE=0")], ids=str)
+def test_a_launch_that_torchrun_would_not_make_is_refused(environment, error):
+    with pytest.raises(UserError, match=error):
+        train.read_launch(environment)
+
+
+def test_epochs_are_those_of_the_data_though_the_batch_changes_on_resume(workspace, tmp_path):
+    options = [*FAST, f"--out_dir={tmp_path}", "--val_interval=0"]
+    options.remove("--max_steps=30")
+    run_ok(here("train.py"), *options, "--max_steps=20", cwd=workspace)
+    n_rows = DataLoader(str(workspace / "data/t"), "train", 1, 32).n_rows
+    run_ok(here("train.py"), *options, "--resume", "--epochs=1", "--total_batch_size=512", cwd=workspace)
+    ckpt = read_checkpoint(find_checkpoints(tmp_path)[-1])
+    assert 0 <= ckpt["loader"]["position"] - n_rows < 16 and ckpt["step"] == 20 + math.ceil((n_rows - 160) / 16)
+
+
+# -- hostile and damaged files. A fuzzer changes good ones at random; whatever reads them may only raise a UserError.
+
+class Planted:
+    """Runs a program if a pickle that holds it is loaded without care."""
+
+    def __reduce__(self):
+        return os.mkdir, ("planted",)
+
+
+HOSTILE = [None, True, -1, 0, 1, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, math.inf, math.nan, "", "x" * 70_000,
+           "../victim.txt", "/etc/passwd", "ladder", "\x1b[2J", "\ud800", "\0", [], {}, [[]], {"a": 1}, "1" * 5000]
+DEEP = b"[" * 30_000 + b"]" * 30_000
+
+
+def change_bytes(rng, content):
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 4, 30])):
+        at = rng.randrange(len(content) + 1)
+        what = rng.randrange(5)
+        if what == 0 and content:
+            content[min(at, len(content) - 1)] ^= 1 << rng.randrange(8)
+        elif what == 1:
+            del content[at:at + rng.choice([1, 4, 100])]
+        elif what == 2:
+            content[at:at] = rng.choice([b"\0", b"\xff" * 8, b"\n", b'"', b"}", b"9" * 40, DEEP, b" " * 5000])
+        elif what == 3:
+            content[at:at + 4] = struct.pack("<i", rng.choice([-1, 0, 1, 2**31 - 1, -2**31, 20240520]))
+        else:
+            content = content[:at] if rng.random() < 0.3 else content + content[at:at + 200]
+    return bytes(content)
+
+
+def change_tree(rng, value, hostile=HOSTILE):
+    """Replaces, removes or adds something at a random place of nested dicts and lists."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        value, key = dict(value), rng.choice(list(value))
+        if rng.random() < 0.08:
+            del value[key]
+        elif rng.random() < 0.05:
+            value[rng.choice(["__file__", "bench", "out_dir", "x", "\x1b[31m"])] = rng.choice(hostile)
+        else:
+            value[key] = change_tree(rng, value[key], hostile)
+        return value
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        value, at = list(value), rng.randrange(len(value))
+        value[at:at + 1] = [change_tree(rng, value[at], hostile)] * rng.choice([0, 1, 1, 1, 2])
+        return value
+    return rng.choice(hostile)
+
+
+def change_json(rng, content):
+    if rng.random() < 0.4:
+        return change_bytes(rng, content)
+    text = json.dumps(change_tree(rng, json.loads(content)))
+    return text.replace('"1111', '1111', 1).replace('1111"', "1111", 1).encode()
+
+
+def change_lines(rng, content):
+    if rng.random() < 0.5:
+        return change_bytes(rng, content)
+    lines = content.splitlines()
+    at = rng.randrange(len(lines))
+    lines[at] = change_json(rng, lines[at]) if lines[at].startswith(b"{") else change_bytes(rng, lines[at])
+    return b"\n".join(lines) + b"\n"
+
+
+def change_checkpoint(rng, content):
+    if rng.random() < 0.4:
+        return change_bytes(rng, content)
+    t = torch.zeros(1)
+    laughs = functools.reduce(lambda inner, _: [inner] * 10, range(30), [])
+    hostile = [*HOSTILE, Planted(), t, t.expand(2**30), torch.full((32,), math.nan), torch.ones(2, dtype=torch.long),
+               laughs, torch.sparse_coo_tensor(size=(64, 32), check_invariants=True), torch.empty(3, device="meta")]
+    buffer = io.BytesIO()
+    ckpt = change_tree(rng, torch.load(io.BytesIO(content), weights_only=True), hostile)
+    torch.save(ckpt, buffer, _use_new_zipfile_serialization=rng.random() < 0.9)
+    return buffer.getvalue()
+
+
+make_parser = functools.cache(train.make_parser)
+
+
+def resume_in_memory(path):
+    """As much of a resume as needs no data"""
+    ckpt = train.find_resume(dict(resume=path, out_dir="."))
+    train.resumed_settings(make_parser(), ckpt, {})
+    model = model_file.build_model(model_file.make_config(ckpt["model_config"], path), ckpt.pop("model"), path)
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    loader = argparse.Namespace(load_state_dict=lambda state: state)
+    train.restore(ckpt, optimizers, torch.amp.GradScaler("cpu", enabled=False), loader, torch.device("cpu"), 0)
+
+
+def read_checkpoint_both_ways(path):
+    for read in (load_checkpoint, resume_in_memory):
+        with contextlib.suppress(UserError):
+            read(path)
+    load_checkpoint(path)
+
+
+def read_folder(path):
+    """A folder of shards, from its manifest"""
+    folder = os.path.dirname(path)
+    dataset.check_shards(folder, (dataset.read_manifest(folder) or {"shards": []})["shards"])
+    DataLoader(folder, "train", 2, 8).next_batch()
+
+
+def read_picture(path):
+    plot.read_log(path)
+    if os.path.getsize(path) % 50 == 0:
+        plot.plot([path], path + ".png")
+
+
+def make_originals(folder):
+    """{kind: (a good file, how to change it, what reads it)}"""
+    text, enc = folder / "text.txt", get_tokenizer("byte")
+    text.write_text("\n\n".join(stories(30)), encoding="utf-8")
+    dataset.prepare(str(text), "bpe:300", out=str(folder / "data"), shard_tokens=5000)
+    manifest = dataset.read_manifest(str(folder / "data"))
+    settings = manifest["settings"]
+    dataset.save_progress(str(folder), dict(
+        settings=settings, tokenizer=manifest["tokenizer"], position=(0, 3, 3, 0), shards=manifest["shards"][:1]),
+        {"train": np.arange(9, dtype=np.uint16)})
+    model, cfg = GPT(small()), vars(small())
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(*torch.zeros(2, 1, 16, dtype=torch.long))[1].backward()
+    optimizer.step()
+    torch.save(dict(
+        version=2, model_config=cfg, tokenizer={"name": "byte"}, template=None, train_config=train.SETTINGS, step=3,
+        data_fingerprint="x", micro_batch=1, run={**train.new_run(), "step": 3}, model=model.state_dict(),
+        optimizers=[optimizer.state_dict()], scaler={}, rng=[{"cpu": torch.get_rng_state()}],
+        loader={"position": 3}), folder / "model.pt")
+    GPT(small(vocab_size=257)).save_pretrained(str(folder / "hf"))
+    spec = dict(tokenizer=manifest["tokenizer"], template={"user": "U", "assistant": "A"})
+    dataset.write_json(str(folder / "spec.json"), spec)
+    np.save(folder / "shard.npy", np.arange(500, dtype=np.uint16))
+    (folder / "config.json").write_text(json.dumps(dict(recipe="tiny", max_lr=1e-3, n_layer=2, epochs=1.5, seed=3)))
+    example = dict(ctx="A man", endings=["is", "was", "has", "had"], label=1)
+    (folder / "hella.jsonl").write_text((json.dumps(example) + "\n") * 3)
+    turns = [dict(role="user", content="Who?"), dict(role="assistant", content="Me.")]
+    pairs = [dict(prompt="a", response="b"), dict(instruction="c", input="", output="d"), dict(messages=turns)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs * 3)) + "\n")
+    header = json.dumps(dict(config=dict(total_batch_size=64), references={"GPT-2": 0.3}))
+    log = "".join(f"{i} train {5 - i / 9} lr=1e-3 tok_s=500 mfu=n/a\n{i} val 4.0 bpb=1.2\n" for i in range(9))
+    (folder / "log.txt").write_text(f"# {header}\n{log}9 hella 0.3 acc=0.2\n")
+    return {
+        "shard": (folder / "data/train_000000.bin", change_bytes, lambda path: dataset.read_shard(path).sum()),
+        "numpy shard": (folder / "shard.npy", change_bytes, lambda path: dataset.read_shard(path).sum()),
+        "manifest": (folder / "data/meta.json", change_json, read_folder),
+        "progress": (folder / "progress.npz", change_bytes,
+                     lambda path: dataset.load_progress(os.path.dirname(path), settings)),
+        "checkpoint": (folder / "model.pt", change_checkpoint, read_checkpoint_both_ways),
+        "tokenizer": (folder / "spec.json", change_json, lambda path: get_tokenizer(path).encode("a b")),
+        "config": (folder / "config.json", change_json, lambda path: train.configure([f"--config={path}"])),
+        "log": (folder / "log.txt", change_lines, read_picture),
+        "pairs": (folder / "pairs.jsonl", change_lines, lambda path: Pairs(path, enc)),
+        "HellaSwag": (folder / "hella.jsonl", change_lines,
+                      lambda path: hellaswag.encode(hellaswag.read_examples(path), enc, 32)),
+        "Hugging Face config": (folder / "hf/config.json", change_json,
+                                lambda path: GPT.from_pretrained(os.path.dirname(path))),
+        "safetensors": (folder / "hf/model.safetensors", change_bytes,
+                        lambda path: GPT.from_pretrained(os.path.dirname(path))),
+    }
+
+
+FUZZED = ("shard", "numpy shard", "manifest", "progress", "checkpoint", "tokenizer", "config", "log", "pairs",
+          "HellaSwag", "Hugging Face config", "safetensors")
+
+
+def fuzz(kind, n, folder):
+    """Runs in a process of its own, and prints what it found."""
+    path, change, read = make_originals(folder)[kind]
+    content, rng, refused = path.read_bytes(), random.Random(kind), 0
+    victim = folder / "victim.txt"
+    victim.write_text("untouched")
+    before = train.peak_memory_gb(torch.device("cpu"))
+    for i in range(n):
+        changed = change(rng, content)
+        path.write_bytes(changed)
+        signal.alarm(20)  # a hang ends the process
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                read(str(path))
+        except (UserError, SystemExit):
+            refused += 1
+        except BaseException:
+            print(f"change {i} of {path}", file=sys.stderr)
+            raise
+    signal.alarm(0)
+    grown = train.peak_memory_gb(torch.device("cpu")) - before
+    assert victim.read_text() == "untouched" and not os.path.exists("planted")
+    assert grown < 1, f"{grown} GB"
+    print(f"{n} changed files of kind {kind}: {refused} refused, {n - refused} read; {grown:.2f} GB")
+
+
+@pytest.mark.parametrize("kind", FUZZED)
+def test_a_damaged_or_hostile_file_is_read_or_refused_in_one_line(tmp_path, kind, request):
+    n = 10_000 if is_torture(request.config) else 100
+    code = f"import test_smoke, pathlib\ntest_smoke.fuzz({kind!r}, {n}, pathlib.Path({str(tmp_path)!r}))\n"
+    (tmp_path / "fuzz.py").write_text(code)
+    r = run_ok(tmp_path / "fuzz.py", cwd=tmp_path)
+    print(r.stdout)
+
+
 # -- mistakes: one line, a non-zero exit, nothing overwritten
 
 T, D, E = ["train.py", *FAST], ["dataset.py"], ["eval.py", "--out_dir=runs/fp32"]
@@ -2500,7 +2963,7 @@ MISTAKES = {
     "a negative rate": ([*T, "--max_lr=-1"], "max_lr=-1.0 is below 0"),
     "an unknown choice": ([*T, "--norm=batch"], "--norm: invalid choice: 'batch' (choose from"),
     "a missing config": ([*T, "--config=no.json"], "cannot read no.json"),
-    "a broken config": ([*T, "--config=broken.json"], "broken.json is damaged: it is not JSON"),
+    "a broken config": ([*T, "--config=broken.json"], "broken.json is not JSON, or is damaged"),
     "a config with an unknown name": ([*T, "--config=unknown.json"], "unknown.json: there is no option --max_l; did"),
     "missing data": ([*T, "--data=data/none"], "there is no data data/none"),
     "data not made yet": (["train.py"], "python dataset.py --source=fineweb-edu"),
@@ -2570,7 +3033,7 @@ MISTAKES = {
     "a tokenizer too large for uint16": ([*TXT, "--tokenizer=bpe:70000"], "from 258 to 65536"),
     "a tokenizer too small": ([*TXT, "--tokenizer=bpe:100"], "from 258 to 65536"),
     "a missing column": ([*D, "--source=t.jsonl", *NEW], "no column 'text'; choose one with --column: story"),
-    "broken json": ([*D, "--source=broken.jsonl", *NEW], "cannot read broken.jsonl"),
+    "broken json": ([*D, "--source=broken.jsonl", *NEW], "broken.jsonl, line 2: not JSON"),
     "other settings for a finished folder": ([*TXT, "--tokenizer=bpe:300", "--out=data/t"],
                                              "data/t was made with tokenizer=byte, not bpe:300"),
     "an unknown option of dataset.py": ([*D, "--sources=t.txt"], "did you mean --source?"),
@@ -2590,6 +3053,29 @@ MISTAKES = {
     "a Hugging Face folder without a shape": (["eval.py", "--ckpt=hf", "--prompt=x"], "config.json lacks n_embd,"),
     "examples that are not HellaSwag": (
         ["hellaswag.py", "--data=t.jsonl", "--out_dir=runs/fp32"], "line 1: not a HellaSwag example"),
+    "patience without validation": ([*T, "--patience=2", "--val_interval=0"], "patience needs a val_interval above 0"),
+    "a share of no teacher": ([*T, "--distill_alpha=0.3"], "name one with --teacher"),
+    "another seed on resume": ([*RESUMED, "--seed=5"], "has seed=1337, not 5; that cannot change"),
+    "another stride on resume": ([*RESUMED, "--stride=16"], "has stride=0, not 16; that cannot change"),
+    "a new start of an old run": ([*RESUMED, "--data=data/t", "--init_from=gpt2"], "use one of them"),
+    "a run's folder that is none": ([*T, "--resume=data"], "data/checkpoints has no checkpoint to resume from"),
+    "a device without memory": ([*T, "--device=meta"], "device=meta cannot be used here"),
+    "a shape beyond reason": ([*T, "--n_embd=1_000_000"], "n_embd=1000000 is above 131072"),
+    "a config that never ends": ([*T, "--config=deep.json"], "deep.json is not JSON, or is damaged (RecursionError)"),
+    "a config with a long number": ([*T, "--config=long.json"], "is not a whole number"),
+    "a config with a list": ([*T, "--config=list.json"], "config list.json: seed is of type list"),
+    "text that never ends": ([*D, "--source=deep.jsonl", *NEW], "deep.jsonl, line 1: not JSON"),
+    "a row that is no object": ([*D, "--source=list.jsonl", *NEW], "line 1: no column 'text'"),
+    "a number for text": ([*D, "--source=number.jsonl", *NEW], "line 1: 'text' is int, not text"),
+    "nothing to verify": ([*D, "--verify=data/empty"], "data/empty has no meta.json"),
+    "a source to verify": ([*TXT, "--verify=data/t"], "--source does not apply to --verify"),
+    "a damaged numpy shard": ([*T, "--data=data/numpy"], "train.npy is not a token shard, or is damaged"),
+    "half a surrogate pair in HellaSwag": (
+        ["hellaswag.py", "--data=surrogate.jsonl", "--out_dir=runs/fp32"], "line 1: not a HellaSwag example"),
+    "no examples at all": (["hellaswag.py", "--limit=0"], "0 must be at least 1"),
+    "a share of the probability above 1": ([*E, "--top_p=2", "--prompt=x"], "--top_p=2.0 is out of range"),
+    "no samples at all": ([*E, "--num_samples=0", "--prompt=x"], "0 must be at least 1"),
+    "a folder as a log": (["plot.py", "data"], "cannot read data"),
     "a missing log": (["plot.py", "no.txt"], "cannot read no.txt"),
     "an unknown picture format": (["plot.py", "runs/fp32/log.txt", "--out=log.xyz"], "cannot write log.xyz"),
 }
@@ -2598,7 +3084,7 @@ MISTAKES = {
 @pytest.fixture(scope="session")
 def mistakes(workspace):
     """Makes every mistake.  -> {name: completed process}, and the files before and after"""
-    for name in ("empty", "unfinished", "truncated", "magic", "short", "foreign", "manifest"):
+    for name in ("empty", "unfinished", "truncated", "magic", "short", "foreign", "manifest", "numpy"):
         (workspace / "data" / name).mkdir()
     (workspace / "data/unfinished/progress.npz").touch()
     dataset.write_shard(str(workspace / "data/truncated/train_000000.bin"), np.arange(2000) % 250)
@@ -2608,7 +3094,11 @@ def mistakes(workspace):
     dataset.write_shard(str(workspace / "data/foreign/train_000000.bin"), [1] * 500)
     dataset.write_shard(str(workspace / "data/foreign/val_000000.bin"), [1, 1, 1, 60000] + [1] * 100)
     (workspace / "data/manifest/meta.json").write_text("{}")
+    (workspace / "data/numpy/train.npy").write_bytes(b"\x93NUMPY\1\0\x10\0{'descr': 'u2(((")
     files = {
+        "deep.json": DEEP, "long.json": b'{"seed": 1%s}' % (b"0" * 400), "list.json": b'{"seed": [1]}',
+        "deep.jsonl": b'{"text": %s}\n' % DEEP, "list.jsonl": b"[1]\n", "number.jsonl": b'{"text": 5}\n',
+        "surrogate.jsonl": b'{"ctx": "\\ud800", "endings": ["a", "b", "c", "d"], "label": 0}\n',
         "broken.json": b"{", "unknown.json": b'{"max_l": 1}', "empty.txt": b"", "blank.txt": b"\n\n \n\n",
         "binary.txt": bytes(range(256)) * 9, "t.jsonl": b'{"story": "x"}\n',
         "broken.jsonl": b'{"text": "x"}\n{"text": \n',
@@ -2644,3 +3134,117 @@ def test_a_mistake_ends_in_one_line_that_says_what_is_wrong(mistakes, name):
 def test_mistakes_overwrite_nothing(mistakes):
     _, before, after = mistakes
     assert {p: t for p, t in after.items() if p in before} == before
+
+
+# -- torture: python -m pytest -m torture, about 90 minutes
+
+KILLED = {
+    "one process": (1, []), "pairs and a teacher": (1, RUNS["pairs"]), "two processes": (2, []),
+    "zero2": (2, ["--parallel=zero2"])}
+
+
+@torture
+@pytest.mark.parametrize("name", KILLED)
+def test_fifty_kills_at_random_instants_change_no_loss(workspace, tmp_path, name):
+    n, options = KILLED[name]
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone"] if n > 1 else []
+    command = [*launch, here("train.py"), *FAST, "--n_embd=256", *options, "--max_steps=60", "--keep=2",
+               "--resume=auto"]  # wide, so that a good part of the time is spent in saving
+    assert start(*command, f"--out_dir={tmp_path}/whole", cwd=workspace).wait() == 0
+    rng, kills, finished, saving = random.Random(name), 0, 0, 0
+    while kills < 50:
+        out = tmp_path / f"run{finished}"
+        p = start(*command, f"--out_dir={out}", cwd=workspace, stderr=subprocess.PIPE)
+        log, headers = out / "log.txt", count_headers(out / "log.txt")
+        if rng.random() < 0.8:  # after the start, which takes most of the time
+            while p.poll() is None and count_headers(log) == headers:
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.5)
+        else:
+            time.sleep(rng.random() * 4)
+        if p.poll() is None:
+            kills += 1
+            if n > 1 and rng.random() < 0.3:
+                p.kill()  # torchrun alone: its workers notice, save and end
+            else:
+                os.killpg(p.pid, signal.SIGKILL)
+            p.wait()
+            saving += any(path.suffix == ".tmp" for path in out.glob("checkpoints/*"))
+            with contextlib.suppress(FileNotFoundError), filelock.FileLock(out / ".lock", timeout=60):
+                pass
+            for path in find_checkpoints(out):
+                read_checkpoint(path)
+        elif p.returncode == 0:
+            assert records(out) == records(tmp_path / "whole")
+            finished += 1
+        else:
+            raise AssertionError(p.stderr.read())
+    p = start(*command, f"--out_dir={out}", cwd=workspace)
+    assert p.wait() == 0 and records(out) == records(tmp_path / "whole")
+    print(f"{name}: {kills} kills, {saving} of them in a save; {finished + 1} runs, all with equal losses")
+
+
+def count_headers(log):
+    return log.read_bytes().count(b"# {") if log.exists() else 0
+
+
+@torture
+def test_fifty_kills_at_random_instants_change_no_shard(tmp_path):
+    write_text(tmp_path / "t.txt", stories(2000) * 3)
+    code = "import dataset, sys; dataset.BATCH_CHARS = 20_000; " \
+        "dataset.prepare('t.txt', 'bpe:400', out=sys.argv[1], shard_tokens=70_000)"
+    command = ["-c", f"import sys; sys.path.insert(0, {HERE!r}); {code}"]
+    began = time.monotonic()
+    assert start(*command, "whole", cwd=tmp_path).wait() == 0
+    seconds, expected = time.monotonic() - began, digest(tmp_path / "whole")
+    rng, kills, finished = random.Random(0), 0, 0
+    while kills < 50:
+        p = start(*command, f"cut{finished}", cwd=tmp_path)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            p.wait(rng.random() * seconds)
+        kills += p.poll() is None
+        p.kill()
+        if p.wait() == 0:
+            assert digest(tmp_path / f"cut{finished}") == expected
+            finished += 1
+    assert start(*command, f"cut{finished}", cwd=tmp_path).wait() == 0
+    assert digest(tmp_path / f"cut{finished}") == expected
+    print(f"{kills} kills; {finished + 1} folders, all with equal bytes")
+
+
+@torture
+def test_two_hundred_runs_with_all_threads_are_identical(tmp_path):
+    options = ["--recipe=tiny", "--device=cpu", "--max_steps=10", "--log_interval=1", "--val_interval=5",
+               "--val_tokens=10000", "--ckpt_interval=0"]
+    threads = str(os.cpu_count())
+    run_ok(here("train.py"), *options, "--out_dir=0", cwd=tmp_path, OMP_NUM_THREADS=threads)
+    for i in range(1, 200):
+        run_ok(here("train.py"), *options, f"--out_dir={i}", cwd=tmp_path, OMP_NUM_THREADS=threads)
+        assert records(tmp_path / str(i)) == records(tmp_path / "0"), i
+
+
+@torture
+def test_a_full_disk_ends_nothing_in_a_traceback_and_overwrites_nothing(workspace, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    with serving(answer=lambda prompt, n: completion(prompt)) as (url, _):
+        commands = {
+            "training": ["train.py", *FAST, f"--out_dir={disk}/run"],
+            "preparation": ["dataset.py", "--source=t.txt", "--tokenizer=byte", f"--out={disk}/data"],
+            "export": ["eval.py", "--ckpt=runs/fp32", f"--export={disk}/hf"],
+            "picture": ["plot.py", "runs/fp32/log.txt", f"--out={disk}/log.png"],
+            "synthesis": ["dataset.py", "--source=synth", "--prompts=t.txt", "--model=m", f"--endpoint={url}",
+                          f"--out={disk}/synth.jsonl"]}
+        for name, (file, *options) in commands.items():
+            for path in disk.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (disk / "filler").write_bytes(b"x" * {"training": 480_000, "preparation": 500_000}.get(name, 599_000))
+            r = script(here(file), *options, cwd=workspace)
+            assert r.returncode == 1 and "Traceback" not in r.stderr, (name, r.stderr)
+            assert "No space left on device" in r.stderr, (name, r.stderr)
+            assert not [path for path in disk.rglob("*.tmp")], name
+            if name == "training":
+                assert len(losses(disk / "run")) == 30
+    subprocess.run(["umount", disk])

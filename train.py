@@ -29,18 +29,23 @@ import threading
 import time
 from datetime import timedelta
 
+import dataset
+
+if __name__ == "__main__":
+    dataset.start_script()  # before torch, whose import takes seconds in which Ctrl-C may come
+
+import filelock
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import dataset
 import hellaswag
 from data_loader import DataLoader, Pairs
 from dataset import UserError
-from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, GPTConfig, checkpoint_step, find_checkpoints,
-                   find_model, load_weights, make_config, open_model, pick_device, pick_dtype, read_checkpoint,
-                   use_large_pages)
+from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_SIZE, GPTConfig, build_model,
+                   checkpoint_step, find_checkpoints, find_model, make_config, open_model, pick_device, pick_dtype,
+                   read_checkpoint, use_large_pages)
 
 # -- hyperparameters: each is an option of the command line
 
@@ -50,7 +55,7 @@ data = "data/fineweb-edu"  # a folder that dataset.py wrote, or a file: text, .j
 tokenizer = "gpt2"  # for a file in data: gpt2, byte, bpe:N, a folder of prepared data, or model (that of init_from)
 out_dir = "."  # log.txt and checkpoints/ go here
 init_from = ""  # start from these weights: a checkpoint, a run's folder, a Hugging Face folder, or a name such as gpt2
-resume = ""  # continue a run: newest (also without a value), a checkpoint, or auto (newest if there is one)
+resume = ""  # continue a run: newest (also without a value), a checkpoint, a folder, or auto (newest if there is one)
 new_data = False  # resume even though the data is not what the checkpoint was trained on
 seed = 1337  # of weights, dropout and data order
 total_batch_size = 524_288  # tokens per step, over all processes
@@ -114,13 +119,14 @@ BELOW_ONE = (0, 1 - 1e-9)
 LIMITS = {
     "beta1": BELOW_ONE, "beta2": BELOW_ONE, "dropout": BELOW_ONE, "cooldown": BELOW_ONE, "distill_alpha": (0, 1),
     "distill_temperature": (1e-3, 1e3), "total_batch_size": (1, 2**40), "keep": (1, 2**40), "val_tokens": (1, 2**40),
-    "log_interval": (1, 2**40), "block_size": (1, 2**24), "n_layer": (1, 2**16), "n_head": (1, 2**16),
-    "n_embd": (1, 2**24)}
+    "log_interval": (1, 2**40), **dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), (1, MAX_SIZE))}
 # Not restored from a checkpoint: options of a single launch, and paths, since the file may come from a stranger.
 NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "bench", "out_dir", "data", "teacher")
 MAY_CHANGE = ("dropout", "attention")  # the fields of GPTConfig that may differ from those of a checkpoint
 RECENT = 128  # steps that a spike is measured against
 MAX_SKIPPED = 20  # steps in a row that may be skipped
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # save and exit; USR1 is Slurm's early warning
+REPEAT_SECONDS = 3  # torchrun and Slurm both pass on a signal: one that comes again within this time is the same
 
 RECIPES = {
     "gpt2": {},
@@ -222,9 +228,12 @@ def parse(parser, arguments):
 def parse_values(parser, values, source):
     """A dict from a file, through the same conversion and checks as the command line"""
     try:
+        for name, value in values.items():
+            if not isinstance(value, (bool, int, float, str)):
+                raise UserError(f"{name} is of type {type(value).__name__}")
         texts = {k: str(v).lower() if isinstance(v, bool) else v for k, v in values.items()}
         return parse(parser, [f"--{name}={text}" for name, text in texts.items()])
-    except UserError as e:
+    except (UserError, ValueError) as e:  # Python refuses to print integers of over 4,300 digits
         raise UserError(f"{source}: {e}") from None
 
 
@@ -250,6 +259,7 @@ def configure(argv):
         settings.update(layer)
     if ckpt:
         check_paths(ckpt, settings, asked)
+    check_use(settings, asked, ckpt)
     if re.fullmatch(r"[1-9]\d*", settings["bench"]):
         settings.update(max_steps=int(settings["bench"]), **{k: 0 for k in settings if k.endswith("_interval")})
         if not os.path.exists(settings["data"]):
@@ -259,17 +269,30 @@ def configure(argv):
     return settings, asked, ckpt
 
 
+def check_use(settings, asked, ckpt):
+    """Refuses options that would have no effect."""
+    if asked.get("patience") and not settings["val_interval"]:
+        raise UserError("patience needs a val_interval above 0")
+    if "distill_alpha" in asked and not settings["teacher"]:
+        raise UserError("distill_alpha is the share of a teacher; name one with --teacher")
+    if ckpt and "init_from" in asked:
+        raise UserError(f"--resume continues {ckpt['path']}, --init_from starts a new run; use one of them")
+
+
 def find_resume(settings):
     """The checkpoint that --resume means, or None"""
     choice, folder = settings["resume"], settings["out_dir"]
     if not choice:
         return None
+    if os.path.isdir(choice):
+        choice, folder = "newest", choice
     paths = [choice] if choice not in ("newest", "auto") else find_checkpoints(folder)[::-1]
     for path in paths:
         try:
             ckpt = {**read_checkpoint(path), "path": path}
             if not isinstance(ckpt.get("run"), dict) or not isinstance(ckpt.get("train_config"), dict):
                 raise UserError(f"{path} was not written by train.py; start from its weights with --init_from={path}")
+            check_run(ckpt)
             return ckpt
         except UserError as e:
             if path == paths[-1]:
@@ -287,7 +310,7 @@ def resumed_settings(parser, ckpt, asked):
     known hyperparameters are taken, none of them a path, each as if it stood on the command line.
     """
     saved = {k: ckpt["train_config"].get(k, default) for k, default in SETTINGS.items() if k not in NOT_RESUMED}
-    if not re.fullmatch(r"gpt2|byte|bpe:\d+", str(saved["tokenizer"])):
+    if not isinstance(saved["tokenizer"], str) or not re.fullmatch(r"gpt2|byte|bpe:\d+", saved["tokenizer"]):
         saved["tokenizer"] = "model"  # not a path, but the one in the checkpoint
     saved = parse_values(parser, saved, ckpt["path"])
     if saved["recipe"] not in RECIPES:
@@ -296,7 +319,8 @@ def resumed_settings(parser, ckpt, asked):
         raise UserError(f"{ckpt['path']} was trained with recipe {saved['recipe']}, not {asked['recipe']}; start a new "
                         "run with another --out_dir")
     shape = dataclasses.asdict(make_config(ckpt["model_config"], ckpt["path"]))
-    check_fixed({**shape, "optimizer": saved["optimizer"]}, asked, ckpt["path"])
+    fixed = {k: saved[k] for k in ("optimizer", "seed", "stride")}
+    check_fixed({**shape, **fixed}, asked, ckpt["path"])
     return RECIPES[saved["recipe"]], saved | {k: v for k, v in shape.items() if k in SHAPE and k not in MAY_CHANGE}
 
 
@@ -312,10 +336,10 @@ def check_fixed(has, asked, path):
 def check_paths(ckpt, settings, asked):
     """A checkpoint's paths are not trusted, so the user must repeat those that matter."""
     for name in ("data", "teacher"):
-        saved = ckpt["train_config"].get(name)
+        saved = ckpt["train_config"].get(name, "")
         if saved != settings[name] and name not in asked:
-            raise UserError(f"{ckpt['path']} was trained with --{name}={str(saved)[:200]}; to resume, repeat that "
-                            "option or choose another")
+            raise UserError(f"{ckpt['path']} was trained with --{name}={saved if isinstance(saved, str) else '?'}; to "
+                            "resume, repeat that option or choose another")
 
 
 # -- small decisions: the learning rate, the batch, when to skip a step, when to stop
@@ -350,11 +374,11 @@ def divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def count_steps(n_rows, sequences):
-    """max_steps, or as many as `epochs` need"""
+def count_steps(n_rows, sequences, step=0, position=0):
+    """max_steps, or as many as `epochs` need: after this step, which has taken `position` rows, if resumed"""
     if not max_steps and not epochs:
         raise UserError("max_steps and epochs are both 0; set one")
-    return max_steps or math.ceil(epochs * n_rows / sequences)
+    return max_steps or step + max(0, math.ceil((epochs * n_rows - position) / sequences))
 
 
 def skip_reason(loss, norm, recent):
@@ -410,15 +434,41 @@ def format_time(seconds):
 
 # -- processes and devices
 
-stop_signal = 0
+def read_launch(environment):
+    """-> rank, local rank and number of processes, as torchrun tells them, or those of a single process"""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    present = [name for name in names if name in environment]
+    if not present:
+        return 0, 0, 1
+    values = {name: environment.get(name, "") for name in names}
+    if not all(re.fullmatch(r"\d{1,6}", value) for value in values.values()):
+        raise UserError(f"the environment has {', '.join(f'{k}={values[k]}' for k in present)}, which is not what "
+                        "torchrun sets; start several processes with torchrun, or unset these")
+    rank, local_rank, world_size = map(int, values.values())
+    if rank >= world_size:
+        raise UserError(f"RANK={rank} must be below WORLD_SIZE={world_size}; start several processes with torchrun")
+    return rank, local_rank, world_size
+
+
+stop_signal, stop_time = 0, 0.0
+launcher = os.getppid()
 
 
 def request_stop(signum, frame):
-    global stop_signal
-    stop_signal = signum
-    signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
-    if int(os.environ.get("RANK", 0)) == 0:
-        print("\nfinishing the step and saving", file=sys.stderr, flush=True)
+    global stop_signal, stop_time
+    if not stop_signal:
+        stop_signal, stop_time = signum, time.monotonic()
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # not print, which a signal may have interrupted
+                os.write(2, b"\nfinishing the step and saving; to leave at once, repeat in a few seconds\n")
+    elif time.monotonic() - stop_time > REPEAT_SECONDS:
+        os._exit(128 + signum)
+
+
+def should_stop():
+    """The signal to stop for, or 0. A process whose torchrun was killed stops too."""
+    orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
+    return stop_signal or orphaned and signal.SIGHUP
 
 
 def start_processes(device):
@@ -428,10 +478,20 @@ def start_processes(device):
         "GLOO_SOCKET_IFNAME name the network they share; on one, NCCL_P2P_DISABLE=1 may help."])
     hint.daemon = True
     hint.start()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    dist.all_reduce(present := torch.zeros(1, device=device))
-    present.item()  # CUDA works asynchronously: wait
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.all_reduce(present := torch.zeros(1, device=device))
+        present.item()  # CUDA works asynchronously: wait
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f"the processes cannot reach each other ({str(e).splitlines()[0]}); start them with torchrun")
     hint.cancel()
+
+
+def report_error(kind, error, trace):
+    """For sys.excepthook: when a process ends with an error, gloo and NCCL raise others in the processes that wait."""
+    if issubclass(kind, RuntimeError) and re.search("gloo|nccl|connection closed", str(error), re.IGNORECASE):
+        kind, error = UserError, f"rank {os.environ.get('RANK')} lost another process; its error says why"
+    dataset.report_error(kind, error, trace)
 
 
 def barrier():
@@ -639,9 +699,8 @@ def full_model(model):
     copy.load_state_dict(weights, strict=False, assign=True)
     if model.cfg.tie_head:
         copy.lm_head.weight = copy.transformer.wte.weight
-    for name, buffer in model.named_buffers():  # only the model itself has some, its modules do not
-        setattr(copy, name, buffer)
-    return copy
+    copy.make_tables()
+    return copy.to(model.lm_head.weight.device)
 
 
 def gather(tree, keep_result=True):
@@ -740,7 +799,36 @@ def new_run():
         step=0, evaluated=False,  # whether this step has been evaluated
         last_val=dict(step=-1, loss=math.inf, bpb=math.nan), best=dict(step=-1, loss=math.inf, bpb=math.nan),
         recent=[],  # (loss, norm) of the last steps
+        skipped=0,  # steps in a row until now
         seconds=0.0, usd=0.0, tokens=0, wandb_id=None)
+
+
+def check_run(ckpt):
+    """Refuses a checkpoint, which may come from a stranger, unless its run is like that of new_run."""
+    with dataset.reading(ckpt["path"], "a checkpoint of train.py"):
+        run = ckpt["run"] = {**new_run(), **ckpt["run"]}
+        like = {**new_run(), "recent": [[0.0]], "wandb_id": run["wandb_id"]}
+        dataset.check_types(ckpt, dict(
+            run=like, step=0, micro_batch=0, loader=dict(position=0), data_fingerprint="", train_config={}))
+        if min(run["step"], run["skipped"], ckpt["micro_batch"], ckpt["loader"]["position"]) < 0:
+            raise ValueError("below zero")
+        if run["step"] != ckpt["step"] or not re.fullmatch(r"[\w-]*", run["wandb_id"] or ""):
+            raise ValueError("not a run")
+
+
+def check_finite(run, model, device):
+    """Weights that are not finite can never recover: ends the run before they are evaluated or saved."""
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    is_bad = not all(p.detach().isfinite().all() for p in parts)
+    if all_sum(device, is_bad)[0]:
+        raise UserError(f"training has diverged: at step {run['step']} the weights are not finite; {advise(run)}")
+
+
+def advise(run):
+    """What to do when training diverges"""
+    good = [path for path in find_checkpoints(out_dir) if checkpoint_step(path) <= run["step"] - run["skipped"]]
+    where = f"resume from {good[-1]}" if good else "start again"
+    return f"{where} with a lower max_lr, or with --dtype=float32"
 
 
 def checkpoint_path(step):
@@ -748,7 +836,12 @@ def checkpoint_path(step):
 
 
 def save_checkpoint(run, constants, model, optimizers, scaler, loader, device, remove_old):
-    """Writes the whole run into one file. The newest `keep` checkpoints stay, and the best."""
+    """
+    Writes the whole run into one file.  -> whether that worked. Of those that this run wrote, the newest `keep` stay,
+    and the best.
+    """
+    check_finite(run, model, device)
+    previous_best = run["best"]
     if is_new_best(run):
         run["best"] = dict(run["last_val"])
     is_main, rng = True, [get_rng(device)]
@@ -758,67 +851,96 @@ def save_checkpoint(run, constants, model, optimizers, scaler, loader, device, r
     weights = gather(model.state_dict(), is_main)
     moments = gather([o.state_dict() for o in optimizers], is_main)
     if not is_main:
-        return
+        return True
     if model.cfg.tie_head:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]  # gathered separately, they became two
     path = checkpoint_path(run["step"])
     state = dict(constants, step=run["step"], run=run, model=weights, optimizers=moments, scaler=scaler.state_dict(),
                  rng=rng, loader=loader.state_dict())
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         dataset.write_atomically(path, lambda f: torch.save(state, f))
-    except (OSError, RuntimeError) as e:  # torch raises the latter when a disk is full
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; earlier checkpoints are intact") from None
+    except (OSError, RuntimeError) as e:
+        run["best"] = previous_best
+        print(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}; "
+              f"checkpoints so far: {', '.join(find_checkpoints(out_dir)) or 'none'}", file=sys.stderr, flush=True)
+        return False
     for old in find_checkpoints(out_dir)[:-keep] if remove_old else ():
         if checkpoint_step(old) != run["best"]["step"]:
-            os.remove(old)
+            with contextlib.suppress(OSError):
+                os.remove(old)
     print(f"step {run['step']}/{max_steps} | saved {path}", flush=True)
+    return True
 
 
 def restore(ckpt, optimizers, scaler, loader, device, rank):
     """Puts a run back where its checkpoint was saved.  -> run"""
-    run = {**new_run(), **ckpt["run"]}
+    run = ckpt["run"]
     if run["step"] > max_steps:
         raise UserError(f"{ckpt['path']} is at step {run['step']}, past max_steps={max_steps}; raise max_steps")
-    loader.load_state_dict(ckpt["loader"])
-    for o, state in zip(optimizers, ckpt["optimizers"], strict=True):
-        # The moments are the checkpoint's; weight decay, betas and so on are those of the present settings.
-        o.load_state_dict({**scatter(state, o), "param_groups": o.state_dict()["param_groups"]})
-    if ckpt["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(ckpt["scaler"])
-    if rank < len(ckpt["rng"]):
-        set_rng(device, ckpt["rng"][rank])
+    with dataset.reading(ckpt["path"], "a checkpoint of train.py"):
+        loader.load_state_dict(ckpt["loader"])
+        for o, state in zip(optimizers, ckpt["optimizers"], strict=True):
+            params = [p for group in o.param_groups for p in group["params"]]
+            for i, moments in state["state"].items():
+                for name, value in moments.items():
+                    if value.shape not in (params[i].shape, ()) or not value.isfinite().all():
+                        raise ValueError(f"{name} of parameter {i}")
+            # The moments are the checkpoint's; weight decay, betas and so on are those of the present settings.
+            o.load_state_dict({**scatter(state, o), "param_groups": o.state_dict()["param_groups"]})
+        if ckpt["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(ckpt["scaler"])
+        if rank < len(ckpt["rng"]):
+            set_rng(device, ckpt["rng"][rank])
     return run
 
 
 class Log:
     """Sends each record to the terminal, to log.txt and, if asked, to Weights & Biases."""
 
-    def __init__(self, run, resuming, header):
+    def __init__(self, run, ckpt, header):
         self.wandb = start_wandb(run, header["config"]) if wandb_project else None
+        self.path = os.path.join(out_dir, "log.txt")
         try:
-            prepare_out_dir(run, resuming)
-            self.file = open(os.path.join(out_dir, "log.txt"), "a", encoding="utf-8", buffering=1)
+            os.makedirs(out_dir, exist_ok=True)
+            self.lock = filelock.FileLock(os.path.join(out_dir, ".lock"))  # a killed process loses it
+            self.lock.acquire(timeout=0)
+            prepare_out_dir(run, ckpt)
+            self.write("# " + json.dumps(header))
+        except filelock.Timeout:
+            raise UserError(f"out_dir={out_dir} is in use by another run; choose another --out_dir") from None
         except OSError as e:
             raise UserError(f"cannot write in out_dir={out_dir}: {e.strerror}") from None
-        self.file.write("# " + json.dumps(header) + "\n")
+
+    def write(self, line):
+        with open(self.path, "ab+") as f:
+            if f.tell() > 0:
+                f.seek(-1, os.SEEK_END)
+                if f.read() != b"\n":  # the last line was cut off by a kill or a full disk
+                    line = "\n" + line
+            f.write(f"{line}\n".encode())
 
     def record(self, step, stream, value, line, **fields):
-        self.file.write(f"{step} {stream} {value:.6f} " + " ".join(f"{k}={v}" for k, v in fields.items()) + "\n")
+        try:
+            self.write(f"{step} {stream} {value:.6f} " + " ".join(f"{k}={v}" for k, v in fields.items()))
+        except OSError as e:
+            print(f"cannot write {self.path}: {e.strerror}", file=sys.stderr, flush=True)
         print(f"step {step}/{max_steps} | {line}", flush=True)
         if self.wandb:
             fields = {f"{stream}/{k}": float(v) for k, v in fields.items() if v != "n/a"}
             self.wandb.log({"step": step, stream: value, **fields})
 
     def close(self):
-        self.file.close()
+        self.lock.release()
         if self.wandb:
             self.wandb.finish()
 
 
-def prepare_out_dir(run, resuming):
+def prepare_out_dir(run, ckpt):
     """Renames an older run's files, or checkpoints later than the one resumed from: nothing is overwritten."""
     log, checkpoints = os.path.join(out_dir, "log.txt"), os.path.join(out_dir, "checkpoints")
     os.makedirs(checkpoints, exist_ok=True)
+    resuming = ckpt and os.path.samefile(os.path.dirname(ckpt["path"]) or ".", checkpoints)
     for name in os.listdir(checkpoints):
         if name.endswith(".tmp"):  # left by a kill in the middle of a save
             os.remove(os.path.join(checkpoints, name))
@@ -832,14 +954,9 @@ def prepare_out_dir(run, resuming):
         while os.path.exists(f"{stem}.{number}{ending}"):
             number += 1
         os.rename(path, f"{stem}.{number}{ending}")
-        why = "is later than the checkpoint resumed from" if resuming else "is of another run"
+        why = "is later than the checkpoint resumed from" if resuming else "was here before this run"
         print(f"{os.path.normpath(path)} {why}: renamed to {os.path.normpath(f'{stem}.{number}{ending}')}")
     os.makedirs(checkpoints, exist_ok=True)
-    with open(log, "ab+") as f:
-        if f.tell() > 0:
-            f.seek(-1, os.SEEK_END)
-            if f.read() != b"\n":  # a line cut off by a kill
-                f.write(b"\n")
 
 
 def start_wandb(run, config):
@@ -954,8 +1071,9 @@ def evaluate(run, log, model, autocast, held_out, byte_lengths, examples, enc, t
     Validation, HellaSwag and a sample, as far as they are due at this step; the test split at the end. All processes
     share the work, and the result does not depend on how many there are.  -> False if a signal to stop came meanwhile
     """
-    step, device, should_stop = run["step"], model.lm_head.weight.device, lambda: stop_signal
+    step, device = run["step"], model.lm_head.weight.device
     if any(is_due(interval, run) for interval in (val_interval, hella_interval, sample_interval)):
+        check_finite(run, model, device)
         model = full_model(model)
     for split, loader in held_out.items():
         is_val = split == "val"
@@ -965,7 +1083,7 @@ def evaluate(run, log, model, autocast, held_out, byte_lengths, examples, enc, t
         with autocast():
             batches = loader.spread(n_rows, B)
             sums = hellaswag.sum_losses(model, batches, byte_lengths, should_stop)
-        nats, tokens, n_bytes, stopped = all_sum(device, *sums, stop_signal)
+        nats, tokens, n_bytes, stopped = all_sum(device, *sums, should_stop())
         if stopped:
             return False
         loss, bpb = nats / tokens, hellaswag.bits_per_byte(nats, n_bytes)
@@ -978,15 +1096,18 @@ def evaluate(run, log, model, autocast, held_out, byte_lengths, examples, enc, t
     if examples and is_due(hella_interval, run):
         with autocast():
             counts = hellaswag.score(model, examples, rank, world_size, should_stop)
-        acc, by_token, by_byte, n, stopped = all_sum(device, *counts, stop_signal)
+        acc, by_token, by_byte, n, stopped = all_sum(device, *counts, should_stop())
         if stopped:
             return False
         if log:
             log.record(step, "hella", by_token / n, f"HellaSwag {by_token / n:.4f}", acc=f"{acc / n:.4f}",
                        by_byte=f"{by_byte / n:.4f}", examples=int(n))
     if enc and rank == 0 and step > 0 and is_due(sample_interval, run):
-        with autocast():
-            print_sample(step, model, enc, template)
+        try:
+            with autocast():
+                print_sample(step, model, enc, template)
+        except UserError as e:
+            print(f"no sample at step {step}: {e}", flush=True)
     return True
 
 
@@ -994,7 +1115,7 @@ def print_sample(step, model, enc, template):
     tokens = dataset.prompt_tokens(enc, template, [(sample_prompt, None)])
     n, generator = len(tokens), torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     for token in model.stream([tokens], sample_temperature, top_k=50, generator=generator):
-        if token.item() == enc.eot_token or len(tokens) == n + 200 or stop_signal:
+        if token.item() == enc.eot_token or len(tokens) == n + 200 or should_stop():
             break
         tokens.append(token.item())
     gap = "\n" if template else ""
@@ -1052,9 +1173,7 @@ def print_summary(run, stopped):
 # -- the run, from top to bottom
 
 if __name__ == "__main__":
-    sys.excepthook = dataset.report_error
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a sample must not end a run where the terminal lacks a character
+    sys.excepthook = report_error
 
     # 1. Settings, processes, device. torchrun starts one process per device, and says so in the environment.
     use_large_pages()
@@ -1065,8 +1184,7 @@ if __name__ == "__main__":
         raw_model, model_spec = initial_model(settings, asked)
     globals().update(settings)
     spec = model_spec if tokenizer == "model" and model_spec else dataset.parse_tokenizer(tokenizer)
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = read_launch(os.environ)
     is_main, is_local_main = rank == 0, local_rank == 0
     sharded = parallel == "zero2" and world_size > 1
     if sharded and (optimizer != "adamw" or compile == "true"):
@@ -1105,11 +1223,12 @@ if __name__ == "__main__":
     if ckpt and ckpt["data_fingerprint"] != fingerprint and not new_data:
         raise UserError(f"{data} is not the data that {ckpt['path']} was trained on; --new_data resumes all the same")
     held_out = open_held_out(source, n_tokens, device, rank, world_size)
-    max_steps = count_steps(loader.n_rows, sequences * world_size)
+    begin = (ckpt["step"], ckpt["loader"]["position"]) if ckpt else (0, 0)
+    max_steps = count_steps(loader.n_rows, sequences * world_size, *begin)
     if ckpt:
         shape = make_config(ckpt["model_config"], ckpt["path"])
-        raw_model = GPT(dataclasses.replace(shape, dropout=dropout, attention=attention))
-        load_weights(raw_model, ckpt.pop("model"), ckpt["path"])
+        shape = dataclasses.replace(shape, dropout=dropout, attention=attention)
+        raw_model = build_model(shape, ckpt.pop("model"), ckpt["path"])
     raw_model = (raw_model or new_model(n_tokens)).to(device).train()
     if n_tokens > raw_model.cfg.vocab_size:
         raise UserError(f"vocab_size={raw_model.cfg.vocab_size:,} is too small for {n_tokens:,} tokens")
@@ -1119,6 +1238,8 @@ if __name__ == "__main__":
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
             f"{device.type}, {torch.get_num_threads()} threads"
         describe(raw_model, world_size, sequences, loader.n_rows, f"{where}, {amp_name}")
+        if recipe == "sft" and not init_from and not ckpt:
+            print("no --init_from: the weights are random, and all they learn is from these pairs")
 
     # 3. Micro-batch, processes, optimizers
     previous_B = ckpt["micro_batch"] if ckpt else 0
@@ -1146,7 +1267,7 @@ if __name__ == "__main__":
         train_config=settings, data_fingerprint=fingerprint, micro_batch=B)
     log = None
     if is_main and not bench:
-        log = Log(run, ckpt is not None, dict(
+        log = Log(run, ckpt, dict(
             recipe=recipe, step=first_step, world_size=world_size, micro_batch=B, device=device.type, dtype=amp_name,
             parameters=n_parameters, config=settings, references=hellaswag.REFERENCES))
         print(f"micro-batch {B} x {accumulate} per step; {loader.rows.summary()}; log and checkpoints in "
@@ -1156,15 +1277,17 @@ if __name__ == "__main__":
     evaluation = dict(
         log=log, model=raw_model, autocast=autocast, held_out=held_out, byte_lengths=byte_lengths, examples=examples,
         enc=enc, template=template, B=B, rank=rank, world_size=world_size)
-    signal.signal(signal.SIGTERM, request_stop)
-    signal.signal(signal.SIGINT, request_stop)
+    for name in SIGNALS:
+        signum = getattr(signal, name, None)  # Windows lacks some
+        if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # as under nohup
+            signal.signal(signum, request_stop)
     ckpt = None
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in the middle of a step can take half a second
 
     # 5. The loop
-    peak, times, skipped, stop = peak_tflops(device), [], 0, False
+    peak, times, stop, saved = peak_tflops(device), [], False, True
     for step in range(first_step, max_steps + 1):
         run["step"] = step
         is_new = step > first_step or not run["evaluated"]  # differs from the checkpoint resumed from
@@ -1174,7 +1297,8 @@ if __name__ == "__main__":
         checkpoint_due = step > 0 and is_new and is_due(ckpt_interval, run) or patience and is_new_best(run)
         if not bench and (stop or checkpoint_due):
             # While steps are being skipped the weights may be bad: keep the older checkpoints.
-            save_checkpoint(run, constants, raw_model, optimizers, scaler, loader, device, remove_old=not skipped)
+            saved = save_checkpoint(run, constants, raw_model, optimizers, scaler, loader, device,
+                                    remove_old=not run["skipped"])
         if stop or is_last(run):
             break
 
@@ -1201,21 +1325,22 @@ if __name__ == "__main__":
                 group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         norm = (norm.full_tensor() if sharded else norm).item()  # the same on all processes
-        loss, stop = all_sum(device, loss.item() / world_size, stop_signal)
+        own_loss = loss.item() / world_size
+        loss, stop = all_sum(device, own_loss, should_stop())
         reason = skip_reason(loss, norm, run["recent"])
         for o in optimizers:
             if not reason:
                 scaler.step(o)
             o.zero_grad(set_to_none=True)
         scaler.update()
-        skipped = skipped + 1 if reason else 0
+        run["skipped"] = run["skipped"] + 1 if reason else 0
         # With a scaler an overflow is routine: it tries a smaller scale.
-        if reason and is_main and not bench and (math.isfinite(norm) or not scaler.is_enabled()):
-            places = loader.last_places(sequences * world_size)
-            print(f"step {step} is skipped: {reason}; its data: {places}", flush=True)
-        if skipped == MAX_SKIPPED:
-            raise UserError(f"every step from {step - skipped + 1} to {step} was skipped; resume from an earlier "
-                            "checkpoint with a lower max_lr, or with --dtype=float32")
+        if reason and not bench and (math.isfinite(norm) or not scaler.is_enabled()):
+            if is_main or not math.isfinite(own_loss):
+                places = loader.last_places(accumulate)
+                print(f"step {step} is skipped: {reason}; the data of rank {rank}: {places}", flush=True)
+        if run["skipped"] >= MAX_SKIPPED:
+            raise UserError(f"{run['skipped']} steps in a row were skipped, up to {step}; {advise(run)}")
 
         times.append(time.perf_counter() - began)
         run["evaluated"] = False
@@ -1233,7 +1358,9 @@ if __name__ == "__main__":
     if log:
         log.close()
         print_summary(run, stop)
-    exit_code = 128 + stop_signal if stop_signal else 0
+    exit_code = 0 if saved else 1
+    if should_stop():
+        exit_code = 128 + should_stop()
     if world_size > 1:
         barrier()  # wait for the process that saves
         dist.destroy_process_group()
