@@ -29,6 +29,7 @@ import math
 import os
 import random
 import re
+import signal
 import struct
 import sys
 import threading
@@ -37,8 +38,7 @@ import types
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -52,6 +52,7 @@ BPE_BYTES = 200_000_000  # text that bpe:N is trained on
 BATCH_CHARS = 1 << 20  # of text files, encoded at a time by a thread
 MANIFEST, PROGRESS = "meta.json", "progress.npz"
 MANIFEST_VERSION = 2
+TOKENIZER_NAME = r"gpt2|byte|bpe:\d+(_\d+)*"
 TOKENIZER_SPEC = "tokenizer_spec.json"  # in an exported model: the tokenizer's spec and the chat template
 
 # Named sources: a Hugging Face dataset (`hub`, `config`, `revision`), a text file (`url`), or `parts`, other sources in
@@ -115,6 +116,7 @@ class Terminal(io.TextIOWrapper):
 def start_script():
     """What every script does first: errors and output as above, and no file may take the place of a closed stdout."""
     sys.excepthook = report_error
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
     for fd, name in ((1, "stdout"), (2, "stderr")):
@@ -149,12 +151,10 @@ def suggest(name, names):
 
 def integer(text):
     """For argparse: 100_000 or 1e8 -> int"""
-    try:
+    with contextlib.suppress(ValueError):
         number = float(text)
         if number.is_integer():  # false for inf and nan
             return int(number) if "e" in text.lower() or "." in text else int(text)
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 
@@ -180,13 +180,6 @@ def write_json(path, value):
     write_atomically(path, lambda f: f.write(text.encode()))
 
 
-def open_file(path):
-    try:
-        return open(path, "rb")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-
-
 @contextlib.contextmanager
 def reading(path, kind, hint=""):
     """Around all use of a file that may be damaged or a stranger's: what goes wrong is one line that names the file."""
@@ -198,6 +191,14 @@ def reading(path, kind, hint=""):
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except Exception as e:
         raise UserError(f"{path} is not {kind}, or is damaged ({type(e).__name__}){hint}") from e
+
+
+def read_lines(path):
+    """Yields (number, line as bytes) for every line of a file that is not blank."""
+    with reading(path, "a file of lines"), open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield number, line
 
 
 def check_types(value, like):
@@ -238,10 +239,8 @@ def progress_bar(total, unit, done=0):
 
 def parse_tokenizer(text):
     """What --tokenizer says -> a spec. A path means the tokenizer of prepared data, or of an exported model."""
-    if text in ("gpt2", "byte"):
-        return {"name": text}
-    if re.fullmatch(r"bpe:\d[\d_]*", text):
-        if not 257 < bpe_size(text) <= 65536:
+    if re.fullmatch(TOKENIZER_NAME, text):
+        if text.startswith("bpe:") and not 257 < bpe_size(text) <= 65536:
             raise UserError(f"tokenizer {text}: N must be from 258 to 65536, since tokens are stored as uint16")
         return {"name": text}
     paths = [os.path.join(text, MANIFEST), os.path.join(text, TOKENIZER_SPEC), text]
@@ -262,8 +261,9 @@ def read_spec(path):
 
 def check_spec(spec, template=None):
     """Raises an error unless these, from a file, are a tokenizer's spec and, if there is one, a chat template."""
-    check_types(template or {}, dict(user="", assistant="") if template else {})
-    if not re.fullmatch(r"gpt2|byte|bpe:\d[\d_]*", spec["name"]) or not is_trained(spec):
+    if template:
+        check_types(template, dict(user="", assistant=""))
+    if not re.fullmatch(TOKENIZER_NAME, spec["name"]) or not is_trained(spec):
         raise ValueError("not a tokenizer")
     if spec["name"] != "gpt2":
         enc = get_tokenizer(spec)
@@ -366,12 +366,10 @@ def prompt_tokens(enc, template, turns):
 
 def hugging_face_tokenizer(enc):
     """The content of the tokenizer.json that Hugging Face's `tokenizers` reads, for the same tokenizer"""
-    # GPT-2's spelling of the 256 bytes: printable ones stand for themselves, the others for characters from U+0100 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    letter = {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+    # GPT-2's spelling: the bytes that cannot be printed become characters from U+0100 on, the others are latin-1.
+    letters = {b: 256 + i for i, b in enumerate([*range(33), *range(127, 161), 173])}
     ranks = enc._mergeable_ranks
-    spelled = {token: "".join(letter[b] for b in token) for token in ranks}
+    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
         # tiktoken joins any two neighbours that make a token, so every way to make it is listed.
@@ -396,9 +394,8 @@ def hugging_face_tokenizer(enc):
 def count_words(texts):
     """How often each piece of GPT-2's split occurs.  -> {bytes: count}"""
     import regex  # comes with tiktoken; re lacks \p{L}
-    split, words = regex.compile(GPT2_SPLIT), Counter()
-    for text in texts:
-        words.update(split.findall(text))
+    split = regex.compile(GPT2_SPLIT)
+    words = Counter(itertools.chain.from_iterable(map(split.findall, texts)))
     return {word.encode("utf-8", "replace"): n for word, n in words.items()}
 
 
@@ -411,15 +408,16 @@ def train_bpe(texts, vocab_size, special_tokens=(EOT,)):
     [(b'o', b'w'), (b'l', b'ow'), (b' ', b'low')]
     """
     words = count_words([texts] if isinstance(texts, str) else texts)
-    symbols, counts = [list(word) for word in words], list(words.values())  # each word as token ids
-    tokens = [bytes([b]) for b in range(256)]
-    ids = {token: i for i, token in enumerate(tokens)}
+    # A word is a string with one character per token, chr(id), so that str.replace merges a pair.
+    spelled, counts = [word.decode("latin-1") for word in words], list(words.values())
+    tokens = {chr(b): bytes([b]) for b in range(256)}
+    characters = {token: character for character, token in tokens.items()}
     # heapq takes the smallest, but of equally frequent pairs we want the greatest: so bytes are mirrored, 255 - byte,
     # and end in a mark that is greater than all of them, since a prefix compares less.
-    mirrored = [chr(255 - b) + "\u0100" for b in range(256)]
+    mirrored = {chr(b): chr(255 - b) + "\u0100" for b in range(256)}
     pairs, where = Counter(), defaultdict(set)  # how often a pair occurs; the words it occurs in, or once did
-    for w, word in enumerate(symbols):
-        for pair in zip(word, word[1:]):
+    for w, word in enumerate(spelled):
+        for pair in itertools.pairwise(word):
             pairs[pair] += counts[w]
             where[pair].add(w)
 
@@ -438,41 +436,25 @@ def train_bpe(texts, vocab_size, special_tokens=(EOT,)):
         left, right = pair
         merges.append((tokens[left], tokens[right]))
         joined = tokens[left] + tokens[right]
-        new = ids.setdefault(joined, len(tokens))
-        if new == len(tokens):
-            tokens.append(joined)
-            mirrored.append(mirrored[left][:-1] + mirrored[right])
-        grown = set()
+        new = characters.setdefault(joined, chr(len(tokens)))
+        tokens[new] = joined
+        mirrored[new] = mirrored[left][:-1] + mirrored[right]
+        created = set()
         for w in where.pop(pair):
-            symbols[w] = merge_in_word(symbols[w], left, right, new, w, counts[w], pairs, where, grown)
-        del pairs[pair]
-        for p in grown:
-            if pairs[p] > 0:
-                heapq.heappush(heap, entry(p))
+            word, n = spelled[w], counts[w]
+            merged = spelled[w] = word.replace(left + right, new)
+            if merged == word:
+                continue
+            for p in itertools.pairwise(word):
+                pairs[p] -= n
+            for p in itertools.pairwise(merged):
+                pairs[p] += n
+                if new in p:
+                    where[p].add(w)
+                    created.add(p)
+        for p in created:
+            heapq.heappush(heap, entry(p))
     return merges
-
-
-def merge_in_word(word, left, right, new, w, count, pairs, where, grown):
-    """Replaces (left, right) by `new` in word w, and updates the pairs beside it.  -> the new word"""
-    out, i, n = [], 0, len(word)
-    while i < n:
-        if word[i] != left or i + 1 == n or word[i + 1] != right:
-            out.append(word[i])
-            i += 1
-            continue
-        if out:
-            pairs[out[-1], left] -= count
-            pairs[out[-1], new] += count
-            where[out[-1], new].add(w)
-            grown.add((out[-1], new))
-        if i + 2 < n:
-            pairs[right, word[i + 2]] -= count
-            pairs[new, word[i + 2]] += count
-            where[new, word[i + 2]].add(w)
-            grown.add((new, word[i + 2]))
-        out.append(new)
-        i += 2
-    return out
 
 
 # -- shards and manifests
@@ -483,12 +465,7 @@ def write_shard(path, tokens):
         raise UserError(f"{path}: token {tokens.max()} does not fit uint16; a vocabulary has at most 65,536 tokens")
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-
-    def write(f):
-        f.write(header)
-        f.write(tokens.astype("<u2", copy=False))
-
-    write_atomically(path, write)
+    write_atomically(path, lambda f: f.writelines([header, tokens.astype("<u2", copy=False)]))
 
 
 def read_shard(path):
@@ -543,24 +520,19 @@ class ShardWriter:
     """Collects tokens by split, and writes a shard as soon as there are enough for one."""
 
     def __init__(self, folder, shard_tokens, enc, shards, pending):
-        if enc.n_vocab > 2**16:
-            raise UserError(f"tokenizer {enc.name} has {enc.n_vocab:,} tokens; shards can hold 65,536")
         self.folder, self.shard_tokens = folder, shard_tokens
         self.lengths, self.eot = token_lengths(enc), enc.eot_token
         self.shards = shards  # the manifest's entry for each
         self.pending = {split: [pending.get(split, np.empty(0, dtype=np.uint16))] for split in SPLITS}
 
     def add(self, split, tokens):
-        """-> whether a shard was completed"""
         self.pending[split].append(tokens.astype(np.uint16))
-        if sum(map(len, self.pending[split])) < self.shard_tokens:
-            return False
-        waiting = np.concatenate(self.pending[split])
-        while len(waiting) >= self.shard_tokens:
-            self.write(split, waiting[:self.shard_tokens])
-            waiting = waiting[self.shard_tokens:]
-        self.pending[split] = [waiting]
-        return True
+        if sum(map(len, self.pending[split])) >= self.shard_tokens:
+            waiting = np.concatenate(self.pending[split])
+            while len(waiting) >= self.shard_tokens:
+                self.write(split, waiting[:self.shard_tokens])
+                waiting = waiting[self.shard_tokens:]
+            self.pending[split] = [waiting]
 
     def write(self, split, tokens):
         number = sum(shard["split"] == split for shard in self.shards)
@@ -582,8 +554,7 @@ class ShardWriter:
 # -- sources. source.read(state) yields (pieces, next state); read(next state) continues after these pieces. A piece is
 #    (text, whether it begins a document): a document, or a part of a long one.
 
-@dataclass
-class Source:
+class Source(NamedTuple):
     name: str  # of the folder below data/
     label: str  # what the manifest calls it
     read: Callable
@@ -605,41 +576,39 @@ def open_sources(names, column="text", doc_sep=None):
 
 
 def open_source(name, column, doc_sep):
-    doc_sep = doc_sep or SOURCES.get(name, {}).get("doc_sep")
-    if name.startswith("hf:") or "hub" in SOURCES.get(name, {}):
+    row = SOURCES.get(name, {})
+    if name.startswith("hf:") or "hub" in row:
         return open_hub_source(name, column)
-    if name in SOURCES:
-        return open_files(name, [download(SOURCES[name]["url"], os.path.join("data", f"{name}.txt"))], column, doc_sep)
-    if os.path.isdir(name):
+    if row:
+        paths = [download(row["url"], os.path.join("data", f"{name}.txt"))]
+    elif os.path.isdir(name):
         raise UserError(f"{name} is a folder; name its files, such as '{os.path.join(name, '*.txt')}'")
-    if os.path.exists(name):
-        return open_files(name, [name], column, doc_sep)
-    if not glob.has_magic(name):
+    elif os.path.exists(name):
+        paths = [name]
+    elif glob.has_magic(name):
+        paths = [path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)]
+    else:
         raise UserError(f"there is no source {name!r}" + suggest(name, SOURCES))
-    paths = [path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)]
     if not paths:
         raise UserError(f"no file matches {name}")
-    return open_files(name, paths, column, doc_sep)
+    return open_files(name, paths, column, doc_sep or row.get("doc_sep"))
 
 
 def open_hub_source(name, column):
     """A row of SOURCES, or hf:owner/name[:config]"""
     row = SOURCES.get(name)
     if row is None:
-        hub, _, config = name.removeprefix("hf:").partition(":")
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub):
+        match = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(.*))?", name)
+        if not match:
             raise UserError(f"source {name}: a Hugging Face dataset is written hf:owner/name or hf:owner/name:config")
-        row = dict(hub=hub, config=config or None)
+        row = dict(hub=match[1], config=match[2] or None)
     folder = name if name in SOURCES else re.sub(r"\W+", "-", row["hub"].split("/")[-1].lower())
     options = dict(path=row["hub"], name=row.get("config"), revision=row.get("revision"))
     return Source(folder, name, functools.partial(read_dataset, name, column, options), row.get("tokens", 0))
 
 
 def open_files(name, paths, column, doc_sep):
-    size = 0
-    for path in paths:
-        open_file(path).close()  # an error now rather than in an hour
-        size += os.path.getsize(path)
+    size = sum(map(os.path.getsize, paths))
     if size == 0:
         raise UserError(f"{name} is empty")
     kinds = {os.path.splitext(path)[1].lower() for path in paths}
@@ -675,7 +644,7 @@ def download(url, path):
 def fingerprint(paths):
     digest = hashlib.sha256()
     for path in paths:
-        with open_file(path) as f:
+        with reading(path, "a file"), open(path, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
 
@@ -683,11 +652,11 @@ def fingerprint(paths):
 def read_text(paths, read_file, n_done):
     """Yields (pieces, how many so far) from files, skipping the first n_done pieces."""
     pieces = itertools.chain.from_iterable(read_file(path) for path in paths)
+    n_done = n_done or 0
     batch, size = [], 0
-    for n, (text, begins) in enumerate(pieces, 1):
-        if n > (n_done or 0):
-            batch.append((text, begins))
-            size += len(text)
+    for n, piece in enumerate(itertools.islice(pieces, n_done, None), n_done + 1):
+        batch.append(piece)
+        size += len(piece[0])
         if size >= BATCH_CHARS:
             yield batch, n
             batch, size = [], 0
@@ -697,21 +666,18 @@ def read_text(paths, read_file, n_done):
 
 def read_rows(column, path):
     """Yields (text, True) from a .jsonl file, one document a line."""
-    with open_file(path) as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                raise UserError(f"{path}, line {number}: not JSON") from None
-            if not isinstance(row, dict) or column not in row:
-                names = ", ".join(row) if isinstance(row, dict) else "it is not an object"
-                raise UserError(f"{path}, line {number}: no column {column!r}; choose one with --column: {names}")
-            if not isinstance(row[column], (str, type(None))):
-                raise UserError(f"{path}, line {number}: {column!r} is {type(row[column]).__name__}, not text")
-            if row[column]:
-                yield row[column], True
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}, line {number}: not JSON") from None
+        if not isinstance(row, dict) or column not in row:
+            names = ", ".join(row) if isinstance(row, dict) else "it is not an object"
+            raise UserError(f"{path}, line {number}: no column {column!r}; choose one with --column: {names}")
+        if not isinstance(row[column], (str, type(None))):
+            raise UserError(f"{path}, line {number}: {column!r} is {type(row[column]).__name__}, not text")
+        if row[column]:
+            yield row[column], True
 
 
 def read_pieces(doc_sep, piece_chars, path):
@@ -723,14 +689,9 @@ def read_pieces(doc_sep, piece_chars, path):
     separator = re.compile(r"\n" + line)
     text = "\n"  # what is not yielded yet; a newline before it, since a file or a block may begin with a separator
     begins = True
-    with open(path, encoding="utf-8-sig") as f:
+    with reading(path, "UTF-8 text"), open(path, encoding="utf-8-sig") as f:
         while True:
-            try:
-                block = f.read(1 << 20) + f.readline(1 << 20)  # whole lines
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path} is not UTF-8 text ({e.reason}); is it a binary file?") from None
-            except OSError as e:
-                raise UserError(f"cannot read {path}: {e.strerror}") from None
+            block = f.read(1 << 20) + f.readline(1 << 20)  # whole lines
             at_end = block == ""
             *documents, text = (text, "") if at_end else separator.split(text + block)
             for document in documents:
@@ -939,20 +900,15 @@ def check_same_settings(out, old, new):
             raise UserError(f"{out} was made {how}; remove it, or choose another folder")
 
 
-@contextlib.contextmanager
 def lock_folder(folder):
-    """A second process that prepares the same folder waits for the first. A killed process loses its lock."""
+    """-> a lock, to be released by `with`. A second process waits for the first; a killed one loses its lock."""
     import filelock  # comes with torch
     lock = filelock.FileLock(os.path.join(folder, ".lock"))
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except filelock.Timeout:
         print(f"{folder}: waiting for another process that is preparing it", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def check_shards(folder, shards):
@@ -987,8 +943,10 @@ def write_shards(out, sources, spec, settings, expected_tokens):
     with contextlib.closing(encode_batches(batches, enc)) as encoded, \
             progress_bar(expected_tokens or None, "tokens", written) as bar:
         for tokens_by_split, position in encoded:
-            completed = [writer.add(split, tokens) for split, tokens in tokens_by_split.items()]
-            if any(completed):
+            n_shards = len(writer.shards)
+            for split, tokens in tokens_by_split.items():
+                writer.add(split, tokens)
+            if len(writer.shards) > n_shards:
                 state.update(position=position, shards=writer.shards)
                 save_progress(out, state, {split: np.concatenate(writer.pending[split]) for split in SPLITS})
             bar.update(sum(map(len, tokens_by_split.values())))
@@ -1061,10 +1019,8 @@ def first_texts(source, n_bytes):
 
 def count_line(shards):
     """-> 251,591 train tokens, 28,145 val tokens, 2,097 documents"""
-    counts = Counter()
-    for shard in shards:
-        counts[shard["split"]] += shard["tokens"]
-    tokens = [f"{counts[split]:,} {split} tokens" for split in SPLITS if counts[split]]
+    counts = {split: sum(shard["tokens"] for shard in shards if shard["split"] == split) for split in SPLITS}
+    tokens = [f"{n:,} {split} tokens" for split, n in counts.items() if n]
     return ", ".join([*tokens, f"{sum(shard['documents'] for shard in shards):,} documents"])
 
 
@@ -1131,11 +1087,10 @@ def holds_pairs(path):
     """Whether a file is .jsonl, and its first readable line has a key that only pairs have"""
     if not path.lower().endswith(".jsonl") or not os.path.isfile(path):
         return False
-    with open_file(path) as f:
-        for line in itertools.islice(f, 100):
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                return isinstance(row, dict) and not row.keys().isdisjoint(("messages", "instruction", "prompt"))
+    for _, line in itertools.islice(read_lines(path), 100):
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            return isinstance(row, dict) and not row.keys().isdisjoint(("messages", "instruction", "prompt"))
     return False
 
 
@@ -1145,19 +1100,16 @@ def read_pairs(path, strict=False):
     reported by number; if strict, the first one is an error.
     """
     formats, skipped = Counter(), defaultdict(list)
-    with open_file(path) as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                name, turns = parse_pair(line)
-            except ValueError as e:
-                if strict:
-                    raise UserError(f"{path}, line {number}: {e}; without --strict such lines are skipped") from None
-                skipped[str(e)].append(number)
-                continue
-            formats[name] += 1
-            yield turns
+    for number, line in read_lines(path):
+        try:
+            name, turns = parse_pair(line)
+        except ValueError as e:
+            if strict:
+                raise UserError(f"{path}, line {number}: {e}; without --strict such lines are skipped") from None
+            skipped[str(e)].append(number)
+            continue
+        formats[name] += 1
+        yield turns
     for why, numbers in skipped.items():
         lines = ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20:,} more" if len(numbers) > 20 else "")
         print(f"{path}: skipped {len(numbers):,} line{'s' if len(numbers) > 1 else ''}, {why}: {lines}", flush=True)
@@ -1170,12 +1122,12 @@ def pair_split(i):
     return split_of(i, (90, 10, 0))
 
 
-def check_pairs(path, tokenizer="gpt2", strict=False):
+def check_pairs(source, tokenizer="gpt2", strict=False):
     """Prints what training would make of a file of pairs."""
     enc = get_tokenizer(tokenizer)
     template = chat_template(enc)
     lengths, n_targets = [], 0
-    for turns in read_pairs(path, strict):
+    for turns in read_pairs(source, strict):
         tokens, targets = encode_chat(enc, template, turns)
         lengths.append(len(tokens))
         n_targets += sum(targets) + 1  # and the end-of-text after the last response
@@ -1288,9 +1240,15 @@ def ask(session, url, body, prompt):
         try:
             answer = session.post(url, json=body, timeout=(30, TIMEOUT), allow_redirects=False, stream=True)
             content = answer.raw.read(MAX_ANSWER, decode_content=True)
-            if answer.status_code >= 300:
-                check_status(answer.status_code, url, body["model"])
-                return prompt, None, f"HTTP status {answer.status_code}", answer.status_code in RETRY_STATUS
+            status = answer.status_code
+            if status in (401, 403):  # no prompt will ever be answered
+                what = f"rejects the key in {KEY}" if KEY in os.environ else f"needs a key; set {KEY}"
+                raise UserError(f"{url} {what}")
+            if status == 404 or 300 <= status < 400:
+                raise UserError(f"{url} has no model {body['model']}, or is not the server's address "
+                                f"(HTTP status {status})")
+            if status >= 400:
+                return prompt, None, f"HTTP status {status}", status in RETRY_STATUS
             choice = json.loads(content)["choices"][0]
             if response := choice["message"]["content"].strip():
                 return prompt, response, choice.get("finish_reason"), False
@@ -1302,29 +1260,18 @@ def ask(session, url, body, prompt):
     return prompt, None, problem, True
 
 
-def check_status(status, url, model):
-    """Raises an error if no prompt will ever be answered."""
-    if status in (401, 403):
-        raise UserError(f"{url} " + (f"rejects the key in {KEY}" if KEY in os.environ else f"needs a key; set {KEY}"))
-    if status == 404 or status < 400:
-        raise UserError(f"{url} has no model {model}, or is not the server's address (HTTP status {status})")
-
-
 def read_prompts(path):
     """A prompt a line, or the prompts of a .jsonl file, each once"""
     prompts = []
-    with open_file(path) as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                text = line.decode("utf-8-sig").strip()
-                if path.lower().endswith(".jsonl"):
-                    text = parse_prompt(json.loads(text))
-            except (ValueError, TypeError, AttributeError, RecursionError) as e:
-                raise UserError(f"{path}, line {number}: not a prompt ({str(e)[:60]})") from None
-            # half a surrogate pair can be neither sent nor stored
-            prompts.append(text.encode("utf-8", "replace").decode())
+    for number, line in read_lines(path):
+        try:
+            text = line.decode("utf-8-sig").strip()
+            if path.lower().endswith(".jsonl"):
+                text = parse_prompt(json.loads(text))
+        except (ValueError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(f"{path}, line {number}: not a prompt ({str(e)[:60]})") from None
+        # half a surrogate pair can be neither sent nor stored
+        prompts.append(text.encode("utf-8", "replace").decode())
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return list(dict.fromkeys(prompts))
@@ -1390,7 +1337,7 @@ def parse_options():
     text.add_argument("--splits", help="percentages of the documents for train, val and test, such as 98/1/1 (default: "
                       "90/10, or 99/1 for sources known to be large)")
     text.add_argument("--shard_tokens", type=positive, help=f"tokens per shard (default: {SHARD_TOKENS:,})")
-    p.add_argument("--verify", metavar="DIR", help="compare a prepared folder with its checksums, and stop")
+    p.add_argument("--verify", dest="folder", help="compare a prepared folder with its checksums, and stop")
     pairs = p.add_argument_group("a .jsonl file of prompts and responses")
     pairs.add_argument("--strict", action="store_true", help="make the first malformed line an error")
     synth = p.add_argument_group("--source=synth")
@@ -1406,15 +1353,13 @@ def parse_options():
 def main():
     options = parse_options()
     source = options.get("source", "")
-    if "verify" in options:
+    if "folder" in options:
         job, kind = verify, "--verify"
-        options["folder"] = options.pop("verify")
     elif source == "synth":
         job, kind = synthesize, "--source=synth"
         options.pop("source")
     elif holds_pairs(source) and "column" not in options:
         job, kind = check_pairs, f"--source={source}, which holds pairs that train.py reads as they are"
-        options["path"] = options.pop("source")
     else:
         job, kind = prepare, f"--source={source or 'fineweb-edu'}, which holds text"
     for name in options:

@@ -11,36 +11,41 @@ Uses a model: prompts it, chats with it, measures it, compares it, exports it.
     from eval import generate_text
     print(generate_text(prompt="Once", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95))
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import codecs
+import contextlib
 import functools
 import inspect
 import json
 import math
 import os
+import secrets
 import sys
 import time
-
-import dataset
-
-if __name__ == "__main__":
-    dataset.start_script()  # before torch, whose import takes seconds in which Ctrl-C may come
 
 import numpy as np
 import torch
 
+import dataset
 import hellaswag
 from data_loader import DataLoader, Pairs, find_shards
 from dataset import UserError
 from model import newest_checkpoint, open_model
 
 SAMPLES_AT_ONCE = 16
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load(ckpt=None, out_dir=".", device="auto", dtype="auto"):
     """-> the model, its tokenizer, and what else its checkpoint says"""
     model, known = open_model(ckpt, out_dir, device, dtype)
-    return model, dataset.get_tokenizer(known["tokenizer"]), known
+    enc = dataset.get_tokenizer(known["tokenizer"])
+    if model.cfg.n_tokens > enc.n_vocab:
+        raise UserError(f"{known['about']}: {model.cfg.n_tokens:,} tokens, but the tokenizer has {enc.n_vocab:,}")
+    return model, enc, known
 
 
 load_cached = functools.lru_cache(maxsize=1)(load)
@@ -61,7 +66,8 @@ class TextRow:
         if self.ended:
             return ""
         if token == self.enc.eot_token:
-            return self.end()
+            self.ended = True
+            return self.held + self.decoder.decode(b"", final=True)
         text = self.held + self.decoder.decode(self.enc.decode_single_token_bytes(token))
         found = [text.index(s) for s in self.stop if s in text]
         if found:
@@ -70,12 +76,6 @@ class TextRow:
         n_held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         self.held = text[len(text) - n_held:]
         return text[:len(text) - n_held]
-
-    def end(self):
-        if self.ended:
-            return ""
-        self.ended = True
-        return self.held + self.decoder.decode(b"", final=True)
 
 
 def stream_text(model, enc, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop=()):
@@ -86,16 +86,12 @@ def stream_text(model, enc, prompts, max_new_tokens, temperature, top_k, top_p, 
         yield [row.add(token) for row, token in zip(rows, next(tokens).flatten().tolist())]
         if all(row.ended for row in rows):
             return
-    yield [row.end() for row in rows]
+    yield [row.add(enc.eot_token) for row in rows]  # what is still held back
 
 
 def make_generator(model, seed=None):
-    generator = torch.Generator(model.lm_head.weight.device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+    seed = secrets.randbits(63) if seed is None else seed
+    return torch.Generator(model.lm_head.weight.device).manual_seed(seed)
 
 
 def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=None, stop=(), ckpt=None,
@@ -136,10 +132,8 @@ def print_samples(prompts, respond, gap):
 
 def interact(respond, is_chat):
     """Continues the text that is typed or, in a chat, answers. Ctrl-C interrupts the model, Ctrl-D ends the session."""
-    try:
-        import readline  # noqa: F401  gives input() a history; missing on Windows
-    except ImportError:
-        pass
+    with contextlib.suppress(ImportError):  # missing on Windows
+        import readline  # noqa: F401  gives input() a history
     what = "ask something" if is_chat else "type the beginning of a text, or nothing to continue it"
     print(f"{what}; Ctrl-C interrupts, Ctrl-D quits", file=sys.stderr)
     turns, text = [], ""
@@ -156,12 +150,10 @@ def interact(respond, is_chat):
             text += "\n" + line if text and line else line
             turns = [(text, None)]
         answer = ""
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             for [piece] in respond([turns]):
                 print(piece, end="", flush=True)
                 answer += piece
-        except KeyboardInterrupt:
-            pass
         print()
         text += answer
         if is_chat:
@@ -181,11 +173,10 @@ def read_tokens(path, enc, split, limit=None):
     else:
         sources = dataset.open_sources(path)
         parts = (dataset.encode_pieces(enc, pieces) for source in sources for pieces, _ in source.read(None))
-    taken, n = [np.empty(0, dtype=np.uint16)], 0
+    taken = [np.empty(0, dtype=np.uint16)]
     for part in parts:
         taken.append(part)
-        n += len(part)
-        if limit and n >= limit:
+        if limit and sum(map(len, taken)) >= limit:
             break
     tokens = np.concatenate(taken)[:limit]
     if len(tokens) and tokens.max() >= enc.n_vocab:
@@ -299,8 +290,8 @@ def export(model, enc, spec, folder, template=None):
     if template:
         chat = CHAT_TEMPLATE.replace("USER", json.dumps(template["user"]))
         settings["chat_template"] = chat.replace("ASSISTANT", json.dumps(template["assistant"]))
-    model.save_pretrained(folder, enc.eot_token)
     try:
+        model.save_pretrained(folder, enc.eot_token)
         dataset.write_json(os.path.join(folder, "tokenizer.json"), dataset.hugging_face_tokenizer(enc))
         dataset.write_json(os.path.join(folder, "tokenizer_config.json"), settings)
         dataset.write_json(os.path.join(folder, dataset.TOKENIZER_SPEC), dict(tokenizer=spec, template=template))
@@ -312,9 +303,7 @@ def export(model, enc, spec, folder, template=None):
 
 def parse_options():
     p = dataset.Parser(prog="eval.py", description=__doc__)
-    p.add_argument("--ckpt", help="a checkpoint, a run's or a Hugging Face folder, or a name such as gpt2 (default: "
-                   "the newest checkpoint of --out_dir)")
-    p.add_argument("--out_dir", help="a run's folder (default: %(default)s)")
+    hellaswag.add_model_options(p)
     p.add_argument("--prompt", action="append", help="how a text begins; may be repeated; without it: interactive")
     p.add_argument("--num_samples", type=dataset.positive, default=1, help="of each prompt (default: %(default)s)")
     p.add_argument("--max_new_tokens", type=dataset.positive, help="(default: %(default)s)")
@@ -334,12 +323,9 @@ def parse_options():
     p.add_argument("--limit", type=dataset.positive,
                    help="use only the first tokens of --perplexity; with --compare, the first HellaSwag examples")
     p.add_argument("--export", metavar="DIR", help="write the model for transformers")
-    p.add_argument("--device", help="auto, cuda, mps or cpu (default: %(default)s)")
-    p.add_argument("--dtype", choices=DTYPES, help="(default: %(default)s)")
     defaults = {k: v.default for k, v in inspect.signature(generate_text).parameters.items()}
-    p.set_defaults(**{**defaults, "prompt": None, "stop": None, "max_new_tokens": 200})
+    p.set_defaults(**{**defaults, "prompt": None, "stop": [], "max_new_tokens": 200})
     a = p.parse_args()
-    a.stop = a.stop or ()
     in_range = dict(
         temperature=a.temperature == 0 or 1e-4 <= a.temperature < math.inf, top_k=a.top_k >= 0, top_p=0 < a.top_p <= 1,
         seed=a.seed is None or 0 <= a.seed < 2**63, stop="" not in a.stop)
@@ -383,4 +369,5 @@ def main():
 
 
 if __name__ == "__main__":
+    dataset.start_script()
     main()

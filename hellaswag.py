@@ -9,17 +9,18 @@ ending are in use, and all are reported: the sum of its tokens' log-probabilitie
 (build-nanogpt's acc_norm: GPT-2 124M scores 0.2955), and their average per byte (lm-evaluation-harness's acc_bytes
 and, for ASCII text, its acc_norm). Texts are used as they are; lm-evaluation-harness's task cleans them first.
 """
-import json
-import math
-
-from dataset import Parser, UserError, encode_text, get_tokenizer, open_file, positive, progress_bar, start_script
+import signal
 
 if __name__ == "__main__":
-    start_script()  # before torch, whose import takes seconds in which Ctrl-C may come
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
+import json
+import math
 
 import torch
 from torch import nn
 
+from dataset import Parser, UserError, encode_text, get_tokenizer, positive, progress_bar, read_lines, start_script
 from model import isolate_documents, open_model
 
 MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
@@ -82,8 +83,6 @@ def download():
         import datasets
         datasets.disable_progress_bars()
         return list(datasets.load_dataset("Rowan/hellaswag", split="validation"))
-    except ImportError:
-        raise UserError("downloading HellaSwag needs a package: pip install datasets; or name a file: --data") from None
     except Exception as e:  # many types, from several libraries
         raise UserError(f"cannot download HellaSwag ({type(e).__name__}); check the network, or name a file of "
                         "examples with hellaswag.py --data") from None
@@ -91,17 +90,15 @@ def download():
 
 def read_examples(path, limit=None):
     """A .jsonl file -> a list of dicts with ctx, endings and label"""
-    examples, number = [], 0
-    with open_file(path) as f:
+    examples = []
+    for number, line in read_lines(path):
         try:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    examples.append(json.loads(line))
-                    check_example(examples[-1])
-                if limit and len(examples) == limit:
-                    break
+            examples.append(json.loads(line))
+            check_example(examples[-1])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise UserError(f"{path}, line {number}: not a HellaSwag example (ctx, four endings, label)") from None
+        if limit and len(examples) == limit:
+            break
     if not examples:
         raise UserError(f"{path} holds no examples")
     return examples
@@ -164,13 +161,6 @@ class Batch:
         self.labels = torch.tensor([label for *_, label in examples], device=device)  # (B,)
 
 
-def ending_losses(model, batch):
-    """-> the summed loss of each ending, (B, 4)"""
-    x = model.hidden(batch.idx, batch.positions, batch.mask)[batch.row, batch.place]  # (B, L, C) -> (N, C)
-    losses = token_losses(model, x, batch.targets)
-    return torch.zeros(batch.n_tokens.numel(), device=x.device).index_add_(0, batch.ending, losses).view(-1, 4)
-
-
 def encode(examples, enc, block_size):
     """Each example as (context, endings, bytes of each ending without its leading space, label)"""
     if block_size < 2:
@@ -212,10 +202,12 @@ def score(model, encoded, rank=0, world_size=1, should_stop=lambda: False):
             if should_stop():
                 break
             batch = Batch(examples, device)
-            sums = ending_losses(model, batch)
-            for i, losses in enumerate((sums, sums / batch.n_tokens, sums / batch.n_bytes)):
-                is_right = losses.argmin(dim=1) == batch.labels
-                right[i] += (is_right & losses.isfinite().all(dim=1)).sum()  # no credit for NaN
+            x = model.hidden(batch.idx, batch.positions, batch.mask)[batch.row, batch.place]  # (B, L, C) -> (N, C)
+            losses = token_losses(model, x, batch.targets)
+            sums = torch.zeros(4 * len(examples), device=device).index_add_(0, batch.ending, losses).view(-1, 4)
+            for i, scores in enumerate((sums, sums / batch.n_tokens, sums / batch.n_bytes)):
+                is_right = scores.argmin(dim=1) == batch.labels
+                right[i] += (is_right & scores.isfinite().all(dim=1)).sum()  # no credit for NaN
             n += len(examples)
             if rank == 0:
                 bar.update(len(examples))
@@ -228,15 +220,21 @@ def evaluate(model, enc, examples, rank=0, world_size=1):
     return score(model, encode(examples, enc, model.cfg.block_size), rank, world_size)
 
 
-def main():
-    p = Parser(prog="hellaswag.py", description=__doc__)
+def add_model_options(p):
+    """The options that say which model to open; eval.py has them too."""
     p.add_argument("--ckpt", help="a checkpoint, a run's or a Hugging Face folder, or a name such as gpt2 (default: "
                    "the newest checkpoint of --out_dir)")
     p.add_argument("--out_dir", default=".", help="a run's folder (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: %(default)s)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                   help="(default: %(default)s)")
+
+
+def main():
+    p = Parser(prog="hellaswag.py", description=__doc__)
+    add_model_options(p)
     p.add_argument("--data", help="a .jsonl file of examples (default: downloaded)")
     p.add_argument("--limit", type=positive, help="use only the first examples")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     a = p.parse_args()
     model, known = open_model(a.ckpt, a.out_dir, a.device, a.dtype)
     examples = read_examples(a.data, a.limit) if a.data else download()[:a.limit]
@@ -247,4 +245,5 @@ def main():
 
 
 if __name__ == "__main__":
+    start_script()
     main()

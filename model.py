@@ -4,6 +4,7 @@ GPT-2 (Radford et al., 2019), with options for the variants that later models us
 The defaults of GPTConfig are GPT-2 124M. Parameters have the names of Hugging Face's and nanoGPT's GPT-2
 (transformer.wte.weight, transformer.h.0.attn.c_attn.weight, ...), so weights can be exchanged with both.
 """
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -12,7 +13,7 @@ import os
 import re
 import sys
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -70,7 +71,7 @@ class GPTConfig:
             raise UserError(f"pos=rotary needs an even head size, not n_embd/n_head={self.n_embd // self.n_head}")
         if self.pos == "sinusoidal" and self.n_embd % 2:
             raise UserError(f"pos=sinusoidal needs an even n_embd, not {self.n_embd}")
-        if self.n_tokens > self.vocab_size:
+        if not 1 <= self.n_tokens <= self.vocab_size:
             raise UserError(f"vocab_size={self.vocab_size} is too small for {self.n_tokens} tokens")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
@@ -278,7 +279,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, positions=None, mask=None, cache=None):
         """
-        idx (B, T) -> the final hidden states, (B, T, C). Positions, (T,) or (B, T), are 0 to T-1 unless given. The
+        idx (B, T) -> the final hidden states, (B, T, C). Positions, a slice or (B, T), are 0 to T-1 unless given. The
         mask, True where a position may attend to another, is causal unless given. With a cache, keys and values are
         stored in it, and attention covers everything stored.
         """
@@ -288,15 +289,16 @@ class GPT(nn.Module):
             positions = slice(T)
         x = self.transformer.wte(idx)  # (B, T) -> (B, T, C)
         if self.cfg.pos == "learned":
-            x = x + self.transformer.wpe.weight[positions]
+            # Not weight[positions], whose gradient several threads would add up in any order.
+            wpe = self.transformer.wpe
+            x = x + (wpe.weight[positions] if isinstance(positions, slice) else wpe(positions))
         elif self.cfg.pos == "sinusoidal":
             x = x + self.sinusoids[positions]
         x = F.dropout(x, self.cfg.dropout, self.training)
         rotary = None
         if self.cfg.pos == "rotary":
-            rotary = self.rotary[:, positions]  # (2, T, hs/2), or (2, B, T, hs/2) if each row has its own positions
-            if rotary.dim() == 4:
-                rotary = rotary.unsqueeze(2)  # -> (2, B, 1, T, hs/2)
+            # (2, 1, T, hs/2), or (2, B, 1, T, hs/2) if each row has its own positions
+            rotary = self.rotary[:, positions].unsqueeze(-3)
         for block in self.transformer.h:
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
@@ -317,20 +319,13 @@ class GPT(nn.Module):
 
     def param_counts(self):
         """Parameters by component; a tied head adds only its bias."""
-        def count(*modules):
-            return sum(p.numel() for module in modules for p in module.parameters())
-
-        t = self.transformer
-        counts = {
-            "embeddings": count(t.wte),
-            "positions": count(t.wpe) if self.cfg.pos == "learned" else 0,
-            "attention": count(*(block.attn for block in t.h)),
-            "feed-forward": count(*(block.mlp for block in t.h)),
-            "norms": count(t.ln_f, *(norm for block in t.h for norm in (block.ln_1, block.ln_2))),
-            "head": count(self.lm_head) - (t.wte.weight.numel() if self.cfg.tie_head else 0),
-        }
-        assert sum(counts.values()) == count(self), counts
-        return {**counts, "total": count(self)}
+        components = {"wte": "embeddings", "wpe": "positions", "attn": "attention", "mlp": "feed-forward",
+                      "ln_": "norms", "lm_head": "head"}
+        counts = dict.fromkeys(components.values(), 0)
+        for name, p in self.named_parameters():  # lists a shared weight once, as wte
+            [component] = [c for part, c in components.items() if part in name]
+            counts[component] += p.numel()
+        return {**counts, "total": sum(counts.values())}
 
     def flops_per_token(self):
         """Training FLOPs: 6 per weight in a matrix product (forward 2, backward 4); attention as in PaLM, appendix B"""
@@ -370,21 +365,19 @@ class GPT(nn.Module):
 
     def prefill(self, rows, cache):
         """Fills the cache with rows of tokens in one pass.  -> the hidden state at the end of each, (B, C)"""
-        lengths = [len(row) for row in rows]
+        cache.lengths = [len(row) for row in rows]
         idx = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # nothing attends to padding that comes after it
         cache.write_at = slice(idx.size(1))
         x = self.hidden(idx, cache=cache)  # (B, T, C)
         if not x.isfinite().all():
             raise UserError("the model's output is not finite: its training has diverged, or its weights are damaged")
-        cache.lengths = lengths
-        return x[torch.arange(len(rows), device=x.device), torch.tensor(lengths, device=x.device) - 1]
+        return x[torch.arange(len(rows), device=x.device), torch.tensor(cache.lengths, device=x.device) - 1]
 
     def decode_step(self, token, cache):
         """One more token per row, (B, 1).  -> the hidden state there, (B, C)"""
-        longest, device = max(cache.lengths), token.device
+        longest, device, mask = max(cache.lengths), token.device, None
         if min(cache.lengths) == longest:
-            cache.write_at, mask = slice(longest, longest + 1), None
-            positions = torch.arange(longest, longest + 1, device=device)
+            cache.write_at = positions = slice(longest, longest + 1)
         else:
             cache.write_at = torch.tensor(cache.lengths, device=device)
             positions = cache.write_at[:, None]  # (B, 1)
@@ -408,20 +401,16 @@ class GPT(nn.Module):
         Writes config.json and the weights of a Hugging Face GPT-2 with the same logits for every token in use. `eot` is
         the id of end-of-text; by default the last token in use.
         """
-        check_exportable(self.cfg)
-        weights = {name: tensor.cpu() for name, tensor in export_weights(self).items()}
         config = export_config(self.cfg, self.cfg.n_tokens - 1 if eot is None else eot, self.lm_head.weight.dtype)
-        try:
-            os.makedirs(folder, exist_ok=True)
-            write_json(os.path.join(folder, "config.json"), config)
-            if importlib.util.find_spec("safetensors"):
-                from safetensors.torch import save
-                content = save(weights, metadata={"format": "pt"})
-                write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(content))
-            else:
-                write_atomically(os.path.join(folder, "pytorch_model.bin"), lambda f: torch.save(weights, f))
-        except OSError as e:
-            raise UserError(f"cannot write {folder}: {e.strerror or e}") from None
+        weights = export_weights(self)
+        os.makedirs(folder, exist_ok=True)
+        write_json(os.path.join(folder, "config.json"), config)
+        if importlib.util.find_spec("safetensors"):
+            from safetensors.torch import save
+            content = save(weights, metadata={"format": "pt"})
+            write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(content))
+        else:
+            write_atomically(os.path.join(folder, "pytorch_model.bin"), lambda f: torch.save(weights, f))
 
     @classmethod
     def from_pretrained(cls, name):
@@ -431,8 +420,6 @@ class GPT(nn.Module):
             config, weights = read_hugging_face(folder)
             cfg, imported = import_config(config, name), {}
             for key, tensor in weights.items():
-                if key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks, stored by old versions
-                    continue
                 if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                     tensor = tensor.t()  # their Conv1D stores (in, out)
                 imported[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = tensor
@@ -514,12 +501,10 @@ def use_large_pages():
     if sys.platform != "linux":
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at each allocation
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # a C library without mallopt
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-    except (OSError, AttributeError):  # a C library without mallopt
-        pass
 
 
 def pick_dtype(name, device):
@@ -540,7 +525,6 @@ def cpu_has_bfloat16():
 # -- checkpoints
 
 CHECKPOINT_VERSION = 2
-CHECKPOINT_KEYS = {"version", "model", "model_config", "tokenizer", "step"}
 
 
 def find_checkpoints(out_dir):
@@ -588,35 +572,29 @@ def read_checkpoint(path):
         raise UserError(f"there is no checkpoint {path}")
     with reading(path, "a checkpoint"):
         ckpt = load_file(path)
-        if not isinstance(ckpt, dict):
-            raise UserError(f"{path} is not a checkpoint of train.py")
+        check_types(ckpt, {})
         if "version" not in ckpt:
             return ckpt
+        check_types(ckpt, dict(version=0))
         if ckpt["version"] != CHECKPOINT_VERSION:
-            raise UserError(f"{path} has checkpoint version {int(ckpt['version'])}; this program reads version "
+            raise UserError(f"{path} has checkpoint version {ckpt['version']}; this program reads version "
                             f"{CHECKPOINT_VERSION}")
-        if missing := CHECKPOINT_KEYS - ckpt.keys():
-            raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
         check_spec(ckpt["tokenizer"], ckpt.get("template"))
-        check_types(ckpt, dict(step=0, model={}))
+        check_types(ckpt, dict(step=0, model={}, model_config={}))
         return ckpt
 
 
-def convert_foreign(ckpt, path):
+def convert_foreign(ckpt):
     """A checkpoint of nanoGPT or build-nanogpt, or a state dict like theirs -> the required parts of one of ours"""
     weights = ckpt.get("model", ckpt)
-    weights = weights.items() if isinstance(weights, dict) else ()
-    weights = strip_prefixes({k: v for k, v in weights if isinstance(k, str) and torch.is_tensor(v)})
-    weights = {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}  # causal masks of old versions
-    if not {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"} <= weights.keys():
-        raise UserError(f"{path} is not a checkpoint of train.py, nanoGPT or build-nanogpt")
+    # DDP and torch.compile put something before the names.
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items() if torch.is_tensor(v)}
     config = ckpt.get("config")
     args = vars(config) if isinstance(config, ForeignConfig) else ckpt.get("model_args", {})
     vocab_size, n_embd = weights["transformer.wte.weight"].shape
-    layers = [int(m[1]) for k in weights if (m := re.match(r"transformer\.h\.(\d+)\.", k))]
     model_config = dict(
         vocab_size=vocab_size, n_embd=n_embd, block_size=len(weights["transformer.wpe.weight"]),
-        n_layer=1 + max(layers, default=0),
+        n_layer=count_layers(weights),
         n_head=args.get("n_head", max(1, n_embd // 64)),  # the weights do not say; GPT-2's heads are 64 wide
         bias="transformer.ln_f.bias" in weights,
         tie_head=torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"]),
@@ -625,18 +603,17 @@ def convert_foreign(ckpt, path):
     return {"model": weights, "model_config": model_config, "tokenizer": {"name": "gpt2"}, "step": step}
 
 
-def strip_prefixes(weights):
-    """Removes what DDP and torch.compile put before the names."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in weights.items()}
+def count_layers(weights):
+    return len({m[1] for name in weights if (m := re.match(r"transformer\.h\.(\d+)\.", name))})
 
 
 def build_model(cfg, weights, source):
     """A model with the weights of a state dict. Nothing is allocated before their names and shapes are known to fit."""
     with reading(source, "a model's weights"):
-        weights = strip_prefixes(weights)
-        layers = {m[1] for name in weights if (m := re.match(r"transformer\.h\.(\d+)\.", name))}
-        if len(layers) != cfg.n_layer:
-            raise UserError(f"{source} does not fit the model: it has {len(layers)} layers, not {cfg.n_layer}")
+        masks = (".attn.bias", ".attn.masked_bias")  # causal masks, stored by old versions of other projects
+        weights = {name: tensor for name, tensor in weights.items() if not name.endswith(masks)}
+        if (n_layer := count_layers(weights)) != cfg.n_layer:
+            raise UserError(f"{source} does not fit the model: it has {n_layer} layers, not {cfg.n_layer}")
         with torch.device("meta"):
             model = GPT(cfg)
         expected = model.state_dict()
@@ -661,11 +638,11 @@ def build_model(cfg, weights, source):
 
 def make_config(values, path):
     """A GPTConfig from a file's dict. Unknown fields, and values of a wrong type, are errors."""
-    known = {f.name: f.default for f in fields(GPTConfig)}
-    if not isinstance(values, dict) or not values.keys() <= known.keys():
+    known = vars(GPTConfig())
+    if not values.keys() <= known.keys():
         raise UserError(f"{path} has unknown fields in its model_config; is it from a newer version?")
     with reading(path, "a checkpoint"):
-        check_types(values, {name: known[name] for name in values})
+        check_types({**known, **values}, known)
     return GPTConfig(**values)
 
 
@@ -673,8 +650,8 @@ def load_checkpoint(path, device="cpu"):
     """-> the model, ready for use, and the rest of the checkpoint: step, tokenizer, settings, ..."""
     ckpt = read_checkpoint(path)
     if "version" not in ckpt:
-        with reading(path, "a checkpoint"):
-            ckpt = convert_foreign(ckpt, path)
+        with reading(path, "a checkpoint of train.py, nanoGPT or build-nanogpt"):
+            ckpt = convert_foreign(ckpt)
     model = build_model(make_config(ckpt["model_config"], path), ckpt.pop("model"), path)
     return model.to(device).eval(), ckpt
 
@@ -714,21 +691,20 @@ HF_ACTIVATIONS = {"gelu_new": "gelu", "gelu": "gelu_erf", "relu2": "relu2"}
 
 def download_model(name):
     """The local folder of a model on the hub"""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        raise UserError("downloading a model needs a package: pip install huggingface_hub") from None
     repository = name if "/" in name else f"openai-community/{name}"
     names = ["model.safetensors", "pytorch_model.bin"]
     if not importlib.util.find_spec("safetensors"):
         names.reverse()
     try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
         for weights in names:
             folder = snapshot_download(repository, allow_patterns=["config.json", weights])
             if os.path.exists(os.path.join(folder, weights)):
                 break
         return folder
+    except ImportError:
+        raise UserError("downloading a model needs a package: pip install huggingface_hub") from None
     except HFValidationError:
         raise UserError(f"there is no {name}; name a checkpoint, a folder, or a model of the hub, owner/name") from None
     except Exception as e:  # a dozen types from two libraries: no network, no such model, no permission
@@ -739,18 +715,16 @@ def download_model(name):
 def read_hugging_face(folder):
     """-> config dict, {name: tensor}"""
     config, safe, pickled = (os.path.join(folder, n) for n in ("config.json", "model.safetensors", "pytorch_model.bin"))
-    has_safetensors = importlib.util.find_spec("safetensors") is not None
     if not os.path.exists(config):
         raise UserError(f"{folder} has no config.json; it is not a Hugging Face model")
-    if not os.path.exists(safe) and not os.path.exists(pickled):
-        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-    if not has_safetensors and not os.path.exists(pickled):
-        raise UserError(f"{folder} is in safetensors format: pip install safetensors")
-    config = read_json(config)
-    if has_safetensors and os.path.exists(safe):
+    if os.path.exists(safe) and importlib.util.find_spec("safetensors"):
         from safetensors.torch import load_file as load_safetensors
-        return config, load_safetensors(safe)
-    return config, load_file(pickled)
+        return read_json(config), load_safetensors(safe)
+    if os.path.exists(pickled):
+        return read_json(config), load_file(pickled)
+    if os.path.exists(safe):
+        raise UserError(f"{folder} is in safetensors format: pip install safetensors")
+    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
 def import_config(config, name):
@@ -758,11 +732,9 @@ def import_config(config, name):
     if missing := {"n_positions", "vocab_size", "n_layer", "n_head", "n_embd"} - config.keys():
         raise UserError(f"{name}: its config.json lacks {', '.join(sorted(missing))}")
     fixed = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                 scale_attn_by_inverse_layer_idx=False, n_inner=None, add_cross_attention=False)
-    if config.get("n_inner") == 4 * config["n_embd"]:
-        fixed["n_inner"] = config["n_inner"]
+                 scale_attn_by_inverse_layer_idx=False, n_inner=4 * config["n_embd"], add_cross_attention=False)
     for key, value in fixed.items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             raise UserError(f"{name} has {key}={config[key]}; GPT-2 has {value}, and nothing else is supported")
     act = config.get("activation_function", "gelu_new")
     if act not in HF_ACTIVATIONS:
@@ -773,15 +745,13 @@ def import_config(config, name):
         act=HF_ACTIVATIONS[act]), name)
 
 
-def check_exportable(cfg):
+def export_config(cfg, eot, dtype):
+    """GPTConfig -> the config.json of a Hugging Face GPT-2; an error if the model has what that lacks"""
     unsupported = {"pos": cfg.pos == "rotary", "norm": cfg.norm == "rms", "qk_norm": cfg.qk_norm,
                    "softcap": cfg.softcap > 0, "head_bias": cfg.head_bias}
     for name, is_used in unsupported.items():
         if is_used:
             raise UserError(f"cannot export a model with {name}={getattr(cfg, name)}: Hugging Face's GPT-2 lacks it")
-
-
-def export_config(cfg, eot, dtype):
     act = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}[cfg.act]
     return dict(
         architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=cfg.n_tokens, n_positions=cfg.block_size,
@@ -792,18 +762,16 @@ def export_config(cfg, eot, dtype):
 
 
 def export_weights(model):
-    cfg = model.cfg
-    weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    cfg, weights = model.cfg, {k: v.cpu() for k, v in model.state_dict().items()}
     for k in ("transformer.wte.weight", "lm_head.weight"):
         weights[k] = weights[k][:cfg.n_tokens].clone()  # without the padding
     if cfg.tie_head:
         del weights["lm_head.weight"]
     if cfg.pos == "sinusoidal":
-        weights["transformer.wpe.weight"] = model.sinusoids.clone()
+        weights["transformer.wpe.weight"] = model.sinusoids.cpu()
     for name, module in model.transformer.named_modules(prefix="transformer"):
         if isinstance(module, nn.Linear):
             weights[f"{name}.weight"] = weights[f"{name}.weight"].t().contiguous()  # their Conv1D stores (in, out)
         if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is None:  # theirs always has one
-            size = module.out_features if isinstance(module, nn.Linear) else cfg.n_embd
-            weights[f"{name}.bias"] = torch.zeros(size, dtype=model.lm_head.weight.dtype)
+            weights[f"{name}.bias"] = torch.zeros(len(module.weight), dtype=module.weight.dtype)
     return weights

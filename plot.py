@@ -14,7 +14,7 @@ import sys
 
 COLORS = ["#2a6fbb", "#d1602e", "#3a923a", "#8a5fb0", "#c2385e", "#7a6a53", "#1b9aaa", "#888888"]
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.color": "#e6e6e6", "axes.edgecolor": "#888888", "legend.frameon": False}
+         "axes.titlesize": 9, "grid.color": "#e6e6e6", "axes.edgecolor": "#888888", "legend.frameon": False}
 
 
 def fail(message):
@@ -108,31 +108,21 @@ def zoom_in(ax, losses):
         ax.set_ylim(low - 0.06 * (high - low), high + 0.15 * (high - low))
 
 
-def draw_references(ax, references):
-    for name, score in references.items():
-        ax.axhline(score, color="#999999", linestyle="--", linewidth=1)
-        ax.annotate(name, (0, score), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
-                    color="#777777", fontsize=8)
-
-
 def plot(paths, out, by_tokens=False):
     import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     logs = [read_log(path) for path in paths]
-    scales = [1] * len(logs)
-    if by_tokens:
-        scales = [header.get("tokens") for _, header in logs]
-        if not all(scales):
-            fail(f"{paths[scales.index(None)]} does not say how many tokens a step has; plot by steps")
+    scales = [header.get("tokens") if by_tokens else 1 for _, header in logs]
+    for path, scale in zip(paths, scales):
+        if not scale:
+            fail(f"{path} does not say how many tokens a step has; plot by steps")
     has_hella = any(streams["hella"] for streams, _ in logs)
 
-    plt.rcParams.update(STYLE)
-    fig = plt.figure(figsize=(11, 6.2), layout="constrained")
-    grid = fig.add_gridspec(2, 6, height_ratios=[3, 1])
-    loss = fig.add_subplot(grid[0, :4 if has_hella else 6])
-    lr, speed = fig.add_subplot(grid[1, :3]), fig.add_subplot(grid[1, 3:])
-    hella = fig.add_subplot(grid[0, 4:]) if has_hella else None
+    matplotlib.rcParams.update(STYLE)
+    fig = Figure(figsize=(11, 6.2), layout="constrained")
+    above = "loss loss loss loss hella hella" if has_hella else "loss loss loss loss loss loss"
+    axes = fig.subplot_mosaic([above.split(), "lr lr lr speed speed speed".split()], height_ratios=[3, 1])
+    loss, hella, lr, speed = map(axes.get, ("loss", "hella", "lr", "speed"))
     losses = []
     for i, ((streams, header), name, scale) in enumerate(zip(logs, short_names(paths), scales)):
         color, prefix = COLORS[i % len(COLORS)], f"{name}: " if len(logs) > 1 else ""
@@ -143,7 +133,10 @@ def plot(paths, out, by_tokens=False):
             x, y = series(streams["hella"], scale)
             hella.plot(x, y, color=color, marker="o", markersize=3, label=f"{prefix}{y[-1]:.4f}")
     if has_hella:
-        draw_references(hella, logs[0][1].get("references", {}))
+        for name, score in logs[0][1].get("references", {}).items():
+            hella.axhline(score, color="#999999", linestyle="--", linewidth=1)
+            hella.annotate(name, (0, score), xycoords=("axes fraction", "data"), xytext=(4, 3),
+                           textcoords="offset points", color="#777777", fontsize=8)
         hella.set(title="HellaSwag accuracy")
         hella.legend(loc="lower right")
     if losses:
@@ -157,15 +150,12 @@ def plot(paths, out, by_tokens=False):
     speed.set_ylim(bottom=0)
     for ax in fig.axes:
         ax.set_xlabel("tokens" if by_tokens else "step")
-        ax.title.set_fontsize(9)
     for ax in (lr, speed):
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 5))
     try:
         fig.savefig(out, dpi=150)
     except (OSError, ValueError) as e:
         fail(f"cannot write {out}: {getattr(e, 'strerror', None) or e}")
-    finally:
-        plt.close(fig)
 
 
 def main():

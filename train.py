@@ -10,18 +10,21 @@ Trains a GPT, with the same code on a CPU, a GPU, an Apple GPU, or many GPUs und
 Every hyperparameter below is an option, --name=value. A recipe sets several of them, --config=FILE.json overrides the
 recipe, and the command line wins.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import contextlib
 import dataclasses
 import functools
 import gc
 import inspect
-import io
 import json
 import math
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -29,17 +32,14 @@ import threading
 import time
 from datetime import timedelta
 
-import dataset
-
-if __name__ == "__main__":
-    dataset.start_script()  # before torch, whose import takes seconds in which Ctrl-C may come
-
 import filelock
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
+import dataset
 import hellaswag
 from data_loader import DataLoader, Pairs
 from dataset import UserError
@@ -103,7 +103,6 @@ bench = ""  # time this many steps, print one line of JSON, and stop; or ladder:
 
 # -- tables
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 SETTINGS = {k: v for k, v in globals().items() if k[0] != "_" and k.islower() and isinstance(v, (int, float, str))}
 # The fields of GPTConfig are options too. vocab_size=0 is the tokenizer's size, rounded up to a multiple of 128.
 SHAPE = {f.name: f.default for f in dataclasses.fields(GPTConfig) if f.name != "n_tokens"} | {"vocab_size": 0}
@@ -125,6 +124,7 @@ NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "bench", 
 MAY_CHANGE = ("dropout", "attention")  # the fields of GPTConfig that may differ from those of a checkpoint
 RECENT = 128  # steps that a spike is measured against
 MAX_SKIPPED = 20  # steps in a row that may be skipped
+RNG = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who keeps the random state of each kind of device
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # save and exit; USR1 is Slurm's early warning
 REPEAT_SECONDS = 3  # torchrun and Slurm both pass on a signal: one that comes again within this time is the same
 
@@ -188,18 +188,15 @@ def boolean(text):
 
 
 def number(text):
-    try:
+    with contextlib.suppress(ValueError):
         if math.isfinite(value := float(text)):
             return value
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a number")
 
 
 def make_parser():
     """An option for each hyperparameter. Its help is its comment."""
-    with open(__file__, encoding="utf-8") as f:
-        source = f.read().split("# -- tables")[0] + inspect.getsource(GPTConfig)
+    source = inspect.getsource(sys.modules[__name__]).split("# -- tables")[0] + inspect.getsource(GPTConfig)
     comments = dict(re.findall(r"^ *(\w+)(?:: \w+)? = .*?  # (.*)$", source, re.MULTILINE))
     parser = dataset.Parser(
         prog="train.py", description=f"{__doc__}\nrecipes: {', '.join(RECIPES)}", argument_default=argparse.SUPPRESS)
@@ -242,24 +239,22 @@ def configure(argv):
     parser = make_parser()
     command, file = parse(parser, argv), {}
     if path := command.get("config"):
-        values = dataset.read_json(path)
-        if not isinstance(values, dict):
-            raise UserError(f"config {path} must hold one JSON object, {{\"max_lr\": 1e-3, ...}}")
-        file = parse_values(parser, values, f"config {path}")
+        with dataset.reading(path, 'one JSON object, {"max_lr": 1e-3, ...}'):
+            file = parse_values(parser, dataset.read_json(path), f"config {path}")
     asked = {**file, **command}
     name = asked.get("recipe", recipe)
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}" + dataset.suggest(name, RECIPES))
     ckpt = None if asked.get("bench") else find_resume({**SETTINGS, **asked})
-    begun_with = resumed_settings(parser, ckpt, asked) if ckpt else [RECIPES[name]]
     settings = dict(SETTINGS)
-    for layer in (*begun_with, file, command):
+    for layer in (resumed_settings(parser, ckpt, asked) if ckpt else RECIPES[name], file, command):
         if "epochs" in layer and "max_steps" not in layer:
             settings["max_steps"] = 0  # epochs replace the max_steps of an earlier layer
         settings.update(layer)
-    if ckpt:
-        check_paths(ckpt, settings, asked)
-    check_use(settings, asked, ckpt)
+    if asked.get("patience") and not settings["val_interval"]:
+        raise UserError("patience needs a val_interval above 0")
+    if "distill_alpha" in asked and not settings["teacher"]:
+        raise UserError("distill_alpha is the share of a teacher; name one with --teacher")
     if re.fullmatch(r"[1-9]\d*", settings["bench"]):
         settings.update(max_steps=int(settings["bench"]), **{k: 0 for k in settings if k.endswith("_interval")})
         if not os.path.exists(settings["data"]):
@@ -267,16 +262,6 @@ def configure(argv):
     elif settings["bench"] not in ("", "ladder"):
         raise UserError(f"bench={settings['bench']!r} must be a number of steps, or ladder")
     return settings, asked, ckpt
-
-
-def check_use(settings, asked, ckpt):
-    """Refuses options that would have no effect."""
-    if asked.get("patience") and not settings["val_interval"]:
-        raise UserError("patience needs a val_interval above 0")
-    if "distill_alpha" in asked and not settings["teacher"]:
-        raise UserError("distill_alpha is the share of a teacher; name one with --teacher")
-    if ckpt and "init_from" in asked:
-        raise UserError(f"--resume continues {ckpt['path']}, --init_from starts a new run; use one of them")
 
 
 def find_resume(settings):
@@ -289,11 +274,7 @@ def find_resume(settings):
     paths = [choice] if choice not in ("newest", "auto") else find_checkpoints(folder)[::-1]
     for path in paths:
         try:
-            ckpt = {**read_checkpoint(path), "path": path}
-            if not isinstance(ckpt.get("run"), dict) or not isinstance(ckpt.get("train_config"), dict):
-                raise UserError(f"{path} was not written by train.py; start from its weights with --init_from={path}")
-            check_run(ckpt)
-            return ckpt
+            return read_run(path)
         except UserError as e:
             if path == paths[-1]:
                 raise
@@ -306,9 +287,11 @@ def find_resume(settings):
 
 def resumed_settings(parser, ckpt, asked):
     """
-    -> the recipe and the settings of the run that a checkpoint belongs to. A stranger may have made the file, so only
-    known hyperparameters are taken, none of them a path, each as if it stood on the command line.
+    -> the settings of the run that a checkpoint belongs to. A stranger may have made the file, so only known
+    hyperparameters are taken, each as if it stood on the command line, but no path: the user must repeat those.
     """
+    if "init_from" in asked:
+        raise UserError(f"--resume continues {ckpt['path']}, --init_from starts a new run; use one of them")
     saved = {k: ckpt["train_config"].get(k, default) for k, default in SETTINGS.items() if k not in NOT_RESUMED}
     if not isinstance(saved["tokenizer"], str) or not re.fullmatch(r"gpt2|byte|bpe:\d+", saved["tokenizer"]):
         saved["tokenizer"] = "model"  # not a path, but the one in the checkpoint
@@ -321,7 +304,13 @@ def resumed_settings(parser, ckpt, asked):
     shape = dataclasses.asdict(make_config(ckpt["model_config"], ckpt["path"]))
     fixed = {k: saved[k] for k in ("optimizer", "seed", "stride")}
     check_fixed({**shape, **fixed}, asked, ckpt["path"])
-    return RECIPES[saved["recipe"]], saved | {k: v for k, v in shape.items() if k in SHAPE and k not in MAY_CHANGE}
+    settings = {**RECIPES[saved["recipe"]], **saved}
+    for name in ("data", "teacher"):
+        path = ckpt["train_config"].get(name, "")
+        if name not in asked and path != settings.get(name, SETTINGS[name]):
+            raise UserError(f"{ckpt['path']} was trained with --{name}={path if isinstance(path, str) else '?'}; to "
+                            "resume, repeat that option or choose another")
+    return settings | {k: v for k, v in shape.items() if k in SHAPE and k not in MAY_CHANGE}
 
 
 def check_fixed(has, asked, path):
@@ -331,15 +320,6 @@ def check_fixed(has, asked, path):
             continue
         if name in has and value != has[name]:
             raise UserError(f"{path} has {name}={has[name]}, not {value}; that cannot change")
-
-
-def check_paths(ckpt, settings, asked):
-    """A checkpoint's paths are not trusted, so the user must repeat those that matter."""
-    for name in ("data", "teacher"):
-        saved = ckpt["train_config"].get(name, "")
-        if saved != settings[name] and name not in asked:
-            raise UserError(f"{ckpt['path']} was trained with --{name}={saved if isinstance(saved, str) else '?'}; to "
-                            "resume, repeat that option or choose another")
 
 
 # -- small decisions: the learning rate, the batch, when to skip a step, when to stop
@@ -425,24 +405,15 @@ def dollars(seconds, world_size):
     return seconds / 3600 * world_size * usd_per_gpu_hour
 
 
-def format_time(seconds):
-    """7384 -> "2:03:04" """
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 # -- processes and devices
 
 def read_launch(environment):
     """-> rank, local rank and number of processes, as torchrun tells them, or those of a single process"""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    present = [name for name in names if name in environment]
-    if not present:
+    values = {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment}
+    if not values:
         return 0, 0, 1
-    values = {name: environment.get(name, "") for name in names}
-    if not all(re.fullmatch(r"\d{1,6}", value) for value in values.values()):
-        raise UserError(f"the environment has {', '.join(f'{k}={values[k]}' for k in present)}, which is not what "
+    if len(values) < 3 or not all(re.fullmatch(r"\d{1,6}", value) for value in values.values()):
+        raise UserError(f"the environment has {', '.join(f'{k}={v}' for k, v in values.items())}, which is not what "
                         "torchrun sets; start several processes with torchrun, or unset these")
     rank, local_rank, world_size = map(int, values.values())
     if rank >= world_size:
@@ -494,11 +465,6 @@ def report_error(kind, error, trace):
     dataset.report_error(kind, error, trace)
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def all_sum(device, *numbers):
     """Numbers summed over all processes"""
     if not dist.is_initialized():
@@ -525,19 +491,6 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def get_rng(device):
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = getattr(torch, device.type).get_rng_state()
-    return states
-
-
-def set_rng(device, states):
-    torch.set_rng_state(states["cpu"])
-    if device.type != "cpu" and device.type in states:
-        getattr(torch, device.type).set_rng_state(states[device.type])
-
-
 # -- data
 
 def open_data(spec, is_local_main):
@@ -545,7 +498,7 @@ def open_data(spec, is_local_main):
     -> a folder of shards, or Pairs; the tokenizer's spec, and the tokenizer, None if it cannot be had. A text file is
     first tokenized into a folder, by the tokenizer of this spec.
     """
-    path = data if os.path.exists(data) else os.path.join(HERE, data)  # input.txt is beside this file
+    path = data if os.path.exists(data) else os.path.join(os.path.dirname(__file__), data)  # input.txt is here
     if os.path.isdir(path):
         if manifest := dataset.read_manifest(path):
             return path, manifest["tokenizer"], dataset.get_tokenizer(manifest["tokenizer"])
@@ -564,13 +517,13 @@ def open_data(spec, is_local_main):
         raise UserError(f"there is no data {data}; {hint}")
     if dataset.holds_pairs(path):
         enc = dataset.get_tokenizer(spec)
-        silence = contextlib.nullcontext() if is_local_main else contextlib.redirect_stdout(io.StringIO())
-        with silence:
+        with contextlib.redirect_stdout(sys.stdout if is_local_main else None):
             return Pairs(path, enc), spec, enc
     folder = text_folder(spec)
     if is_local_main:
         dataset.prepare(path, spec, out=folder)
-    barrier()
+    if dist.is_initialized():
+        dist.barrier()
     spec = dataset.read_manifest(folder)["tokenizer"]
     return folder, spec, dataset.get_tokenizer(spec)
 
@@ -593,15 +546,14 @@ def check_tokenizers(spec, required, asked):
         raise UserError(f"{data} uses tokenizer {spec['name']}, not {tokenizer}")
 
 
-def open_held_out(source, n_tokens, device, rank, world_size):
+def open_held_out(source, options):
     """-> {"val": loader, "test": loader}, as far as the data has these splits"""
     loaders = {}
     for split in ("val", "test"):
         try:
-            loaders[split] = DataLoader(source, split, 1, block_size, rank, world_size, doc_mask=doc_mask,
-                                        vocab_size=n_tokens, device=device)
+            loaders[split] = DataLoader(source, split, 1, block_size, **options)
         except UserError as e:
-            if split == "val" and val_interval and rank == 0:
+            if split == "val" and val_interval and options["rank"] == 0:
                 print(f"no validation loss: {e}")
     return loaders
 
@@ -654,14 +606,17 @@ def distill(loss, logits, teacher_logits, targets):
     return (1 - distill_alpha) * loss + distill_alpha * distill_temperature**2 * divergence
 
 
+def muon_parameters(model):
+    """With optimizer=muon, the matrices of the blocks"""
+    return [p for p in model.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
+
+
 def make_optimizers(model, device):
-    """Matrices and embeddings are decayed; biases and norms are not. Muon takes the matrices of the blocks."""
-    params = list(model.parameters())
-    muon = [p for p in model.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
+    """Matrices and embeddings are decayed; biases and norms are not."""
+    muon = muon_parameters(model)
     taken = {id(p) for p in muon}
-    decayed = [p for p in params if p.dim() >= 2 and id(p) not in taken]
-    others = [p for p in params if p.dim() < 2]
-    assert len(muon) + len(decayed) + len(others) == len(params)
+    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in taken]
+    others = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     fused = device.type in ("cuda", "cpu")
     optimizers = [torch.optim.AdamW(groups, lr=max_lr, betas=(beta1, beta2), eps=eps, fused=fused)]
@@ -693,48 +648,26 @@ def full_model(model):
     """
     if not hasattr(model, "unshard"):
         return model
-    with torch.device("meta"):
-        copy = GPT(model.cfg)
-    weights = {name: p.full_tensor() for name, p in model.named_parameters()}
-    copy.load_state_dict(weights, strict=False, assign=True)
-    if model.cfg.tie_head:
-        copy.lm_head.weight = copy.transformer.wte.weight
-    copy.make_tables()
-    return copy.to(model.lm_head.weight.device)
+    weights = {name: p.full_tensor() for name, p in model.state_dict().items()}
+    return build_model(model.cfg, weights, "the model in training").to(model.lm_head.weight.device)
 
 
 def gather(tree, keep_result=True):
     """A state dict with full tensors on the CPU in place of shards. All processes call it; one keeps the result."""
     if isinstance(tree, dict):
         return {k: gather(v, keep_result) for k, v in tree.items()}
-    if isinstance(tree, list):
-        return [gather(v, keep_result) for v in tree]
     if hasattr(tree, "full_tensor"):
         tree = tree.full_tensor()
         return tree.cpu() if keep_result else None
     return tree
 
 
-def scatter(state, optimizer):
-    """A full optimizer state -> this process's part of it, if the optimizer's parameters are sharded"""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not hasattr(params[0], "full_tensor"):
-        return state
+def shard_like(p, tensor):
+    """The part of a full tensor that belongs to this process, if the parameter p, of the same shape, is sharded"""
+    if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
+        return tensor
     from torch.distributed.tensor import distribute_tensor
-    parts = {}
-    for i, moments in state["state"].items():
-        p = params[i]
-        parts[i] = {k: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if v.shape == p.shape else v
-                    for k, v in moments.items()}
-    return {**state, "state": parts}
-
-
-def sync_gradients(model, now):
-    """Called before each micro-batch. DDP exchanges gradients, and ZeRO-2 frees full weights, only after the last."""
-    if hasattr(model, "set_reshard_after_backward"):
-        model.set_reshard_after_backward(now)
-    elif isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = now
+    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
 
 
 # -- the micro-batch
@@ -767,28 +700,25 @@ def find_micro_batch(model, teacher_model, device, autocast, sequences, previous
             if wants_compile:
                 torch._dynamo.reset()  # a graph compiled here would keep DDP from splitting it
             model.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
     return sizes[0], fast_model
 
 
 def try_step(model, fast_model, teacher_model, device, autocast, B, shares):
-    """What a step and a validation need, with room for AdamW's two moments"""
+    """The forward and backward pass of a step, with room for AdamW's two moments; a validation needs less."""
     moments = [torch.empty(2, p.numel() // shares, device=device) for p in model.parameters()]
     batch = [torch.zeros(B, block_size, dtype=torch.long, device=device) for _ in range(3 if doc_mask else 2)]
     with autocast():
         loss_fn(fast_model, teacher_model, *batch).backward()
-        with torch.no_grad():
-            model(*batch)
     del moments
 
 
 def out_of_memory_advice(B, shares):
-    advice = [f"a micro_batch below {B}"] if B > 1 else []
-    advice += [] if grad_checkpoint else ["--grad_checkpoint"]
-    advice += ["--parallel=zero2 on several GPUs"] if shares == 1 else []
-    advice += [f"a block_size below {block_size}", "a smaller model"]
-    return f"out of memory; what helps, cheapest first: {', '.join(advice)}"
+    advice = {
+        f"a micro_batch below {B}": B > 1, "--grad_checkpoint": not grad_checkpoint,
+        "--parallel=zero2 on several GPUs": shares == 1, f"a block_size below {block_size}": True,
+        "a smaller model": True}
+    return "out of memory; what helps, cheapest first: " + ", ".join(k for k, helps in advice.items() if helps)
 
 
 # -- checkpoints and the log
@@ -803,17 +733,21 @@ def new_run():
         seconds=0.0, usd=0.0, tokens=0, wandb_id=None)
 
 
-def check_run(ckpt):
-    """Refuses a checkpoint, which may come from a stranger, unless its run is like that of new_run."""
-    with dataset.reading(ckpt["path"], "a checkpoint of train.py"):
+def read_run(path):
+    """-> a checkpoint to resume from, with its path. A stranger may have made it: its run must be like new_run's."""
+    ckpt = {**read_checkpoint(path), "path": path}
+    hint = f"; if it was not written by train.py, start from its weights with --init_from={path}"
+    with dataset.reading(path, "a checkpoint of train.py", hint):
         run = ckpt["run"] = {**new_run(), **ckpt["run"]}
         like = {**new_run(), "recent": [[0.0]], "wandb_id": run["wandb_id"]}
         dataset.check_types(ckpt, dict(
-            run=like, step=0, micro_batch=0, loader=dict(position=0), data_fingerprint="", train_config={}))
+            run=like, step=0, micro_batch=0, loader=dict(position=0), data_fingerprint="", train_config={},
+            optimizers=[dict(state={})], scaler={}, rng=[{}]))
         if min(run["step"], run["skipped"], ckpt["micro_batch"], ckpt["loader"]["position"]) < 0:
             raise ValueError("below zero")
         if run["step"] != ckpt["step"] or not re.fullmatch(r"[\w-]*", run["wandb_id"] or ""):
             raise ValueError("not a run")
+    return ckpt
 
 
 def check_finite(run, model, device):
@@ -835,38 +769,46 @@ def checkpoint_path(step):
     return os.path.join(out_dir, "checkpoints", f"model_{step:06d}.pt")
 
 
-def save_checkpoint(run, constants, model, optimizers, scaler, loader, device, remove_old):
-    """
-    Writes the whole run into one file.  -> whether that worked. Of those that this run wrote, the newest `keep` stay,
-    and the best.
-    """
+def save_checkpoint(run, constants, model, optimizers, scaler, loader, device):
+    """Collects the whole run from all processes into one file.  -> whether it could be written"""
     check_finite(run, model, device)
-    previous_best = run["best"]
+    previous_best, is_main = run["best"], True
     if is_new_best(run):
         run["best"] = dict(run["last_val"])
-    is_main, rng = True, [get_rng(device)]
+    rng = [{kind: RNG[kind].get_rng_state() for kind in ("cpu", device.type)}]
     if dist.is_initialized():
-        is_main, rng = dist.get_rank() == 0, [None] * dist.get_world_size()
-        dist.all_gather_object(rng, get_rng(device))
+        is_main, states = dist.get_rank() == 0, rng[0]
+        rng = [None] * dist.get_world_size()
+        dist.all_gather_object(rng, states)
     weights = gather(model.state_dict(), is_main)
-    moments = gather([o.state_dict() for o in optimizers], is_main)
-    if not is_main:
-        return True
-    if model.cfg.tie_head:
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # gathered separately, they became two
+    moments = [gather(o.state_dict(), is_main) for o in optimizers]
+    failed = False
+    if is_main:
+        if model.cfg.tie_head:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]  # gathered separately, they became two
+        failed = not write_checkpoint(run, dict(
+            constants, step=run["step"], run=run, model=weights, optimizers=moments, rng=rng,
+            scaler=scaler.state_dict(), loader=loader.state_dict()))
+    failed = all_sum(device, failed)[0] > 0
+    if failed:
+        run["best"] = previous_best
+    return not failed
+
+
+def write_checkpoint(run, ckpt):
+    """-> whether that worked. The newest `keep` checkpoints stay, and the best."""
     path = checkpoint_path(run["step"])
-    state = dict(constants, step=run["step"], run=run, model=weights, optimizers=moments, scaler=scaler.state_dict(),
-                 rng=rng, loader=loader.state_dict())
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        dataset.write_atomically(path, lambda f: torch.save(state, f))
+        dataset.write_atomically(path, lambda f: torch.save(ckpt, f))
     except (OSError, RuntimeError) as e:
-        run["best"] = previous_best
-        print(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}; "
-              f"checkpoints so far: {', '.join(find_checkpoints(out_dir)) or 'none'}", file=sys.stderr, flush=True)
+        problem = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        print(f"cannot write {path}: {problem}; checkpoints so far: {', '.join(find_checkpoints(out_dir)) or 'none'}",
+              file=sys.stderr, flush=True)
         return False
-    for old in find_checkpoints(out_dir)[:-keep] if remove_old else ():
-        if checkpoint_step(old) != run["best"]["step"]:
+    for old in find_checkpoints(out_dir)[:-keep]:
+        # While steps are being skipped the weights may be bad: keep the older checkpoints.
+        if checkpoint_step(old) != run["best"]["step"] and not run["skipped"]:
             with contextlib.suppress(OSError):
                 os.remove(old)
     print(f"step {run['step']}/{max_steps} | saved {path}", flush=True)
@@ -886,12 +828,14 @@ def restore(ckpt, optimizers, scaler, loader, device, rank):
                 for name, value in moments.items():
                     if value.shape not in (params[i].shape, ()) or not value.isfinite().all():
                         raise ValueError(f"{name} of parameter {i}")
+                    moments[name] = shard_like(params[i], value)
             # The moments are the checkpoint's; weight decay, betas and so on are those of the present settings.
-            o.load_state_dict({**scatter(state, o), "param_groups": o.state_dict()["param_groups"]})
+            o.load_state_dict({**state, "param_groups": o.state_dict()["param_groups"]})
         if ckpt["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(ckpt["scaler"])
         if rank < len(ckpt["rng"]):
-            set_rng(device, ckpt["rng"][rank])
+            for kind in ckpt["rng"][rank].keys() & {"cpu", device.type}:
+                RNG[kind].set_rng_state(ckpt["rng"][rank][kind])
     return run
 
 
@@ -899,12 +843,12 @@ class Log:
     """Sends each record to the terminal, to log.txt and, if asked, to Weights & Biases."""
 
     def __init__(self, run, ckpt, header):
-        self.wandb = start_wandb(run, header["config"]) if wandb_project else None
         self.path = os.path.join(out_dir, "log.txt")
         try:
-            os.makedirs(out_dir, exist_ok=True)
+            os.makedirs(os.path.join(out_dir, "checkpoints"), exist_ok=True)
             self.lock = filelock.FileLock(os.path.join(out_dir, ".lock"))  # a killed process loses it
             self.lock.acquire(timeout=0)
+            self.wandb = start_wandb(run, header["config"]) if wandb_project else None
             prepare_out_dir(run, ckpt)
             self.write("# " + json.dumps(header))
         except filelock.Timeout:
@@ -930,16 +874,10 @@ class Log:
             fields = {f"{stream}/{k}": float(v) for k, v in fields.items() if v != "n/a"}
             self.wandb.log({"step": step, stream: value, **fields})
 
-    def close(self):
-        self.lock.release()
-        if self.wandb:
-            self.wandb.finish()
-
 
 def prepare_out_dir(run, ckpt):
     """Renames an older run's files, or checkpoints later than the one resumed from: nothing is overwritten."""
     log, checkpoints = os.path.join(out_dir, "log.txt"), os.path.join(out_dir, "checkpoints")
-    os.makedirs(checkpoints, exist_ok=True)
     resuming = ckpt and os.path.samefile(os.path.dirname(ckpt["path"]) or ".", checkpoints)
     for name in os.listdir(checkpoints):
         if name.endswith(".tmp"):  # left by a kill in the middle of a save
@@ -962,16 +900,14 @@ def prepare_out_dir(run, ckpt):
 def start_wandb(run, config):
     """A resumed run continues under its id."""
     try:
-        import wandb
-        wandb.init  # a folder named wandb, which wandb creates, is imported too, as an empty package
-    except (ImportError, AttributeError):
+        from wandb import Error, init  # a folder named wandb, which wandb creates, has neither
+    except ImportError:
         raise UserError("--wandb_project needs a package: pip install wandb") from None
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        board = wandb.init(
+        board = init(
             project=wandb_project, name=os.path.basename(os.path.abspath(out_dir)), dir=out_dir, id=run["wandb_id"],
             resume="allow", config=config)
-    except (wandb.errors.Error, OSError, ValueError) as e:
+    except (Error, OSError, ValueError) as e:
         raise UserError(f"Weights & Biases: {str(e).splitlines()[0].rstrip('.')}; WANDB_MODE=offline keeps its log in "
                         f"{out_dir}") from None
     board.define_metric("*", step_metric="step")  # its own counter cannot go back to a checkpoint's step
@@ -1011,13 +947,13 @@ def print_plan(world_size, sequences, model, spec):
     describe(model, world_size, sequences, n_rows, "none (dry run)")
     # All in float32. AdamW has two moments, Muon one; zero2 shards all but the weights of the step.
     n = model.param_counts()["total"]
-    n_muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) if optimizer == "muon" else 0
+    n_muon = sum(p.numel() for p in muon_parameters(model))
     floats = 4 * n - n_muon if parallel == "ddp" or world_size == 1 else n + 4 * n / world_size
     print(f"memory: {4 * floats / 2**30:.2f} GiB per process, plus activations")
     for gpu in ("RTX 4090", "A100", "H100") if max_steps else ():
         flops = model.flops_per_token() * max_steps * total_batch_size
         seconds = flops / (0.4 * PEAK_TFLOPS[gpu] * 1e12 * world_size)
-        line = f"cost: {format_time(seconds)} on {world_size} x {gpu} at 40% of its peak"
+        line = f"cost: {tqdm.format_interval(seconds)} on {world_size} x {gpu} at 40% of its peak"
         if usd_per_gpu_hour:
             line += f", ${dollars(seconds, world_size):,.2f} at ${usd_per_gpu_hour:g} per GPU-hour"
         print(line)
@@ -1066,7 +1002,7 @@ def run_ladder(asked):
 
 # -- evaluation
 
-def evaluate(run, log, model, autocast, held_out, byte_lengths, examples, enc, template, B, rank, world_size):
+def evaluate(run, log, model, held_out, byte_lengths, examples, enc, template, B, rank, world_size):
     """
     Validation, HellaSwag and a sample, as far as they are due at this step; the test split at the end. All processes
     share the work, and the result does not depend on how many there are.  -> False if a signal to stop came meanwhile
@@ -1080,9 +1016,7 @@ def evaluate(run, log, model, autocast, held_out, byte_lengths, examples, enc, t
         if not (is_due(val_interval, run) if is_val else val_interval and is_last(run)):
             continue
         n_rows = max(1, val_tokens // block_size) if is_val else loader.n_rows
-        with autocast():
-            batches = loader.spread(n_rows, B)
-            sums = hellaswag.sum_losses(model, batches, byte_lengths, should_stop)
+        sums = hellaswag.sum_losses(model, loader.spread(n_rows, B), byte_lengths, should_stop)
         nats, tokens, n_bytes, stopped = all_sum(device, *sums, should_stop())
         if stopped:
             return False
@@ -1094,8 +1028,7 @@ def evaluate(run, log, model, autocast, held_out, byte_lengths, examples, enc, t
             log.record(step, split, loss, f"{name} loss {loss:.4f} nats per token, {bpb:.4f} bits per byte",
                        bpb=f"{bpb:.6f}", tokens=int(tokens))
     if examples and is_due(hella_interval, run):
-        with autocast():
-            counts = hellaswag.score(model, examples, rank, world_size, should_stop)
+        counts = hellaswag.score(model, examples, rank, world_size, should_stop)
         acc, by_token, by_byte, n, stopped = all_sum(device, *counts, should_stop())
         if stopped:
             return False
@@ -1104,8 +1037,7 @@ def evaluate(run, log, model, autocast, held_out, byte_lengths, examples, enc, t
                        by_byte=f"{by_byte / n:.4f}", examples=int(n))
     if enc and rank == 0 and step > 0 and is_due(sample_interval, run):
         try:
-            with autocast():
-                print_sample(step, model, enc, template)
+            print_sample(step, model, enc, template)
         except UserError as e:
             print(f"no sample at step {step}: {e}", flush=True)
     return True
@@ -1123,17 +1055,13 @@ def print_sample(step, model, enc, template):
 
 
 def load_hellaswag(enc, is_local_main, device):
-    """The encoded examples, or None if some process cannot have them"""
+    """The encoded examples, or None if some process cannot have them. The cache is locked: one process downloads."""
     examples = None
-    if not is_local_main:
-        barrier()  # until the download is in the cache
     try:
         examples = hellaswag.encode(hellaswag.download(), enc, block_size)
     except UserError as e:
         if is_local_main:
             print(f"no HellaSwag: {e}", flush=True)
-    if is_local_main:
-        barrier()
     return None if all_sum(device, examples is None)[0] else examples
 
 
@@ -1146,7 +1074,7 @@ def log_step(log, run, loss, norm, lr, seconds, flops_per_token, peak, world_siz
                   tok_s=f"{rate:.0f}", mfu=mfu)
     if usd_per_gpu_hour:
         fields["usd"] = f"{run['usd']:.4f}"
-    left = format_time((max_steps - step) * seconds)
+    left = tqdm.format_interval((max_steps - step) * seconds)
     log.record(step, "train", loss, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
                f"{1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | {left} left", **fields)
 
@@ -1173,6 +1101,7 @@ def print_summary(run, stopped):
 # -- the run, from top to bottom
 
 if __name__ == "__main__":
+    dataset.start_script()
     sys.excepthook = report_error
 
     # 1. Settings, processes, device. torchrun starts one process per device, and says so in the environment.
@@ -1184,7 +1113,8 @@ if __name__ == "__main__":
         raw_model, model_spec = initial_model(settings, asked)
     globals().update(settings)
     spec = model_spec if tokenizer == "model" and model_spec else dataset.parse_tokenizer(tokenizer)
-    rank, local_rank, world_size = read_launch(os.environ)
+    launch = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1") if dry_run else {}  # a plan may be for many processes
+    rank, local_rank, world_size = read_launch({**launch, **os.environ})
     is_main, is_local_main = rank == 0, local_rank == 0
     sharded = parallel == "zero2" and world_size > 1
     if sharded and (optimizer != "adamw" or compile == "true"):
@@ -1207,9 +1137,7 @@ if __name__ == "__main__":
         torch.use_deterministic_algorithms(True)
     amp_dtype = pick_dtype(dtype, device)
     amp_name = str(amp_dtype).removeprefix("torch.")
-    autocast = contextlib.nullcontext
-    if amp_dtype != torch.float32:
-        autocast = functools.partial(torch.autocast, device.type, amp_dtype)
+    autocast = functools.partial(torch.autocast, device.type, amp_dtype, enabled=amp_dtype != torch.float32)
 
     # 2. Data and model. raw_model is the bare network; `model`, below, may be compiled and is wrapped in DDP.
     source, spec, enc = open_data(spec, is_local_main)
@@ -1217,18 +1145,17 @@ if __name__ == "__main__":
     check_tokenizers(spec, {model_name: model_spec, f"the teacher {teacher}": teacher_spec}, asked)
     template = source.template if isinstance(source, Pairs) else None
     n_tokens = enc.n_vocab if enc else GPT2_TOKENS
-    loader = DataLoader(source, "train", 1, block_size, rank, world_size, seed, stride=stride, doc_mask=doc_mask,
-                        vocab_size=n_tokens, device=device)  # B, here 1, is set below
+    options = dict(rank=rank, world_size=world_size, doc_mask=doc_mask, vocab_size=n_tokens, device=device)
+    loader = DataLoader(source, "train", 1, block_size, seed=seed, stride=stride, **options)  # B, here 1, is set below
     fingerprint = loader.rows.fingerprint()
     if ckpt and ckpt["data_fingerprint"] != fingerprint and not new_data:
         raise UserError(f"{data} is not the data that {ckpt['path']} was trained on; --new_data resumes all the same")
-    held_out = open_held_out(source, n_tokens, device, rank, world_size)
+    held_out = open_held_out(source, options)
     begin = (ckpt["step"], ckpt["loader"]["position"]) if ckpt else (0, 0)
     max_steps = count_steps(loader.n_rows, sequences * world_size, *begin)
     if ckpt:
-        shape = make_config(ckpt["model_config"], ckpt["path"])
-        shape = dataclasses.replace(shape, dropout=dropout, attention=attention)
-        raw_model = build_model(shape, ckpt.pop("model"), ckpt["path"])
+        shape = {**ckpt["model_config"], "dropout": dropout, "attention": attention}
+        raw_model = build_model(make_config(shape, ckpt["path"]), ckpt.pop("model"), ckpt["path"])
     raw_model = (raw_model or new_model(n_tokens)).to(device).train()
     if n_tokens > raw_model.cfg.vocab_size:
         raise UserError(f"vocab_size={raw_model.cfg.vocab_size:,} is too small for {n_tokens:,} tokens")
@@ -1275,8 +1202,8 @@ if __name__ == "__main__":
     examples = load_hellaswag(enc, is_local_main, device) if hella_interval and enc else None
     byte_lengths = torch.tensor(dataset.token_lengths(enc), device=device) if enc else None
     evaluation = dict(
-        log=log, model=raw_model, autocast=autocast, held_out=held_out, byte_lengths=byte_lengths, examples=examples,
-        enc=enc, template=template, B=B, rank=rank, world_size=world_size)
+        log=log, model=raw_model, held_out=held_out, byte_lengths=byte_lengths, examples=examples, enc=enc,
+        template=template, B=B, rank=rank, world_size=world_size)
     for name in SIGNALS:
         signum = getattr(signal, name, None)  # Windows lacks some
         if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # as under nohup
@@ -1292,13 +1219,12 @@ if __name__ == "__main__":
         run["step"] = step
         is_new = step > first_step or not run["evaluated"]  # differs from the checkpoint resumed from
         if not run["evaluated"] and not stop:
-            run["evaluated"] = evaluate(run, **evaluation)
+            with autocast():
+                run["evaluated"] = evaluate(run, **evaluation)
             stop = not run["evaluated"]
         checkpoint_due = step > 0 and is_new and is_due(ckpt_interval, run) or patience and is_new_best(run)
         if not bench and (stop or checkpoint_due):
-            # While steps are being skipped the weights may be bad: keep the older checkpoints.
-            saved = save_checkpoint(run, constants, raw_model, optimizers, scaler, loader, device,
-                                    remove_old=not run["skipped"])
+            saved = save_checkpoint(run, constants, raw_model, optimizers, scaler, loader, device)
         if stop or is_last(run):
             break
 
@@ -1308,7 +1234,11 @@ if __name__ == "__main__":
         target_count = loader.next_target_count(sequences * world_size)
         for micro_step in range(accumulate):
             x, y, *document = loader.next_batch()
-            sync_gradients(model, micro_step == accumulate - 1)
+            # DDP exchanges gradients, and ZeRO-2 frees full weights, only after the last micro-batch.
+            if sharded:
+                model.set_reshard_after_backward(micro_step == accumulate - 1)
+            elif world_size > 1:
+                model.require_backward_grad_sync = micro_step == accumulate - 1
             # The step's loss is the mean over all its targets, however they are divided: a micro-batch counts by its
             # share of them. Times world_size, since DDP and ZeRO-2 average the gradients of the processes.
             weight = (y >= 0).sum() * (world_size / target_count)
@@ -1356,13 +1286,16 @@ if __name__ == "__main__":
         print_bench(times, flops_per_token, peak, world_size, device, dict(
             micro_batch=B, dtype=amp_name, compiled=is_compiled, parameters=n_parameters))
     if log:
-        log.close()
+        if log.wandb:
+            log.wandb.finish()
         print_summary(run, stop)
-    exit_code = 0 if saved else 1
+    exit_code = 0
     if should_stop():
         exit_code = 128 + should_stop()
+    if not saved:
+        exit_code = 1
     if world_size > 1:
-        barrier()  # wait for the process that saves
+        dist.barrier()  # wait for the process that saves
         dist.destroy_process_group()
         # Not sys.exit: a thread of the process group that still runs then can abort the process (1 in 30 with gloo).
         sys.stdout.flush()
