@@ -3138,7 +3138,7 @@ def test_mistakes_overwrite_nothing(mistakes):
     assert {p: t for p, t in after.items() if p in before} == before
 
 
-# -- torture: python -m pytest -m torture, about 90 minutes
+# -- torture: python -m pytest -m torture, about an hour
 
 KILLED = {  # processes, kills, options
     "one process": (1, 70, []), "pairs and a teacher": (1, 70, RUNS["pairs"]), "two processes": (2, 30, []),
