@@ -290,8 +290,6 @@ def resumed_settings(parser, ckpt, asked):
     -> the settings of the run that a checkpoint belongs to. A stranger may have made the file, so only known
     hyperparameters are taken, each as if it stood on the command line, but no path: the user must repeat those.
     """
-    if "init_from" in asked:
-        raise UserError(f"--resume continues {ckpt['path']}, --init_from starts a new run; use one of them")
     saved = {k: ckpt["train_config"].get(k, default) for k, default in SETTINGS.items() if k not in NOT_RESUMED}
     if not isinstance(saved["tokenizer"], str) or not re.fullmatch(r"gpt2|byte|bpe:\d+", saved["tokenizer"]):
         saved["tokenizer"] = "model"  # not a path, but the one in the checkpoint
@@ -461,7 +459,8 @@ def start_processes(device):
 def report_error(kind, error, trace):
     """For sys.excepthook: when a process ends with an error, gloo and NCCL raise others in the processes that wait."""
     if issubclass(kind, RuntimeError) and re.search("gloo|nccl|connection closed", str(error), re.IGNORECASE):
-        kind, error = UserError, f"rank {os.environ.get('RANK')} lost another process; its error says why"
+        reason = str(error).splitlines()[0]
+        kind, error = UserError, f"rank {os.environ.get('RANK')} lost the others; see their errors first ({reason})"
     dataset.report_error(kind, error, trace)
 
 
@@ -1167,6 +1166,8 @@ if __name__ == "__main__":
         describe(raw_model, world_size, sequences, loader.n_rows, f"{where}, {amp_name}")
         if recipe == "sft" and not init_from and not ckpt:
             print("no --init_from: the weights are random, and all they learn is from these pairs")
+        if ckpt and "init_from" in asked:  # as when the first command is repeated with --resume
+            print(f"--init_from={asked['init_from']} is not used: the weights are those of {ckpt['path']}", flush=True)
 
     # 3. Micro-batch, processes, optimizers
     previous_B = ckpt["micro_batch"] if ckpt else 0
