@@ -2720,7 +2720,7 @@ def test_what_a_strangers_file_says_cannot_control_the_terminal(tmp_path):
 
 def test_a_million_spaces_are_text(tmp_path):
     enc = get_tokenizer("byte")
-    for text in (" " * 300_000 + "x", "\n \t" * 100_000 + "x"):
+    for text in (" " * 1_000_000 + "x", "\n \t" * 400_000 + "x"):
         assert enc.decode(dataset.encode_text(enc, text)) == text
         assert enc.decode(dataset.encode_pieces(enc, [(text, True)]).tolist()) == EOT + text
 
