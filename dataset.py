@@ -808,7 +808,7 @@ def encode_pieces(enc, pieces):
         try:
             return enc.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
         except BaseException as e:
-            if not isinstance(e, UnicodeEncodeError) and type(e).__name__ != "PanicException":
+            if not isinstance(e, ValueError) and type(e).__name__ != "PanicException":
                 raise
     tokens = []
     for text, begins in pieces:
