@@ -34,7 +34,7 @@ import dataset
 import hellaswag
 from data_loader import DataLoader, Pairs, find_shards
 from dataset import UserError
-from model import newest_checkpoint, open_model
+from model import newest_checkpoint, open_model, pick_dtype
 
 SAMPLES_AT_ONCE = 16
 
@@ -250,10 +250,12 @@ def compare(names, text, split, stride, data, limit, device, dtype):
         print(f"no HellaSwag: {e}", file=sys.stderr)
     table = [("model", "parameters", "tokens", "loss", "bits/byte", *hellaswag.MEASURES, "tokens/s", "$")]
     for name in names:
-        model, enc, known = load(name, ".", device, dtype)
+        model, enc, known = load(name, ".", device, "float32")
         run = known.get("run", {})
-        result = measure(model, enc, text, split, stride) if text else run.get("last_val", {})
-        *right, n = hellaswag.evaluate(model, enc, examples)
+        with hellaswag.precision(model, dtype):
+            result = measure(model, enc, text, split, stride) if text else run.get("last_val", {})
+            *right, n = hellaswag.evaluate(model, enc, examples)
+        model.to(pick_dtype(dtype, model.lm_head.weight.device))  # as for generating text
         scores = [cell(r / n if n else None, ".4f") for r in right]
         table.append((
             name, f"{model.param_counts()['total']:,}", cell(run.get("tokens"), ","), cell(result.get("loss"), ".4f"),
@@ -343,14 +345,15 @@ def main():
         return
     if a.export:  # always on the CPU, and in float32 unless --dtype says otherwise
         a.device, a.dtype = "cpu", "float32" if a.dtype == "auto" else a.dtype
-    model, enc, known = load(a.ckpt, a.out_dir, a.device, a.dtype)
+    model, enc, known = load(a.ckpt, a.out_dir, a.device, "float32" if a.perplexity else a.dtype)
     template = known.get("template")
     if a.export:
         export(model, enc, known["tokenizer"], a.export, template)
         print(a.export)
         return
     if a.perplexity:
-        m = measure(model, enc, a.perplexity, a.split, a.stride, a.limit)
+        with hellaswag.precision(model, a.dtype):
+            m = measure(model, enc, a.perplexity, a.split, a.stride, a.limit)
         print(f"{known['about']} on {a.perplexity}: {m['tokens']:,} tokens, {m['loss']:.4f} nats per token, perplexity "
               f"{math.exp(m['loss']):.3f}, {m['bpb']:.4f} bits per byte; {m['how']}")
         return

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dataset import Parser, UserError, encode_text, get_tokenizer, positive, progress_bar, read_lines, start_script
-from model import isolate_documents, open_model
+from model import autocast, isolate_documents, open_model, pick_dtype
 
 MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
 # acc_norm by token: GPT-2 by build-nanogpt, GPT-3 by its paper. Shown by eval.py --compare and plot.py.
@@ -29,6 +29,12 @@ REFERENCES = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
 
 
 # -- losses
+
+def precision(model, dtype):
+    """For `with`: scores as training does, by the float32 weights, with matrices multiplied in this dtype"""
+    device = model.lm_head.weight.device
+    return autocast(device, pick_dtype(dtype, device))
+
 
 def ids_at_once(device):
     """How many of the vocabulary's logits to compute at once"""
@@ -236,9 +242,10 @@ def main():
     p.add_argument("--data", help="a .jsonl file of examples (default: downloaded)")
     p.add_argument("--limit", type=positive, help="use only the first examples")
     a = p.parse_args()
-    model, known = open_model(a.ckpt, a.out_dir, a.device, a.dtype)
+    model, known = open_model(a.ckpt, a.out_dir, a.device, "float32")
     examples = read_examples(a.data, a.limit) if a.data else download()[:a.limit]
-    *right, n = evaluate(model, get_tokenizer(known["tokenizer"]), examples)
+    with precision(model, a.dtype):
+        *right, n = evaluate(model, get_tokenizer(known["tokenizer"]), examples)
     # each share with its standard error
     scores = [f"{name} {r / n:.4f} +- {math.sqrt(r / n * (1 - r / n) / n):.4f}" for name, r in zip(MEASURES, right)]
     print(f"HellaSwag of {known['about']}, {n:,} examples: {', '.join(scores)}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dataset import (TOKENIZER_SPEC, UserError, check_spec, check_types, read_json, read_spec, reading,
@@ -26,12 +27,14 @@ from dataset import (TOKENIZER_SPEC, UserError, check_spec, check_types, read_js
 GPT2_TOKENS = 50257
 GPT2_PADDED = 50304  # the next multiple of 128: matrix products are faster
 MAX_SIZE = 2**17  # of any number in a shape: a larger one is a mistake or a damaged file
+# cuDNN's attention is the fastest for a shape it has seen, but it plans each new one for 25 ms or more. The others do not.
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 CHOICES = {
     "pos": ("learned", "sinusoidal", "rotary"),
     "norm": ("layer", "rms"),
     "act": ("gelu", "gelu_erf", "relu2"),
-    "attention": ("fused", "reference"),
+    "attention": ("fused", "flash", "reference"),
 }
 
 
@@ -54,7 +57,7 @@ class GPTConfig:
     qk_norm: bool = False  # normalise queries and keys per head
     softcap: float = 0.0  # logits -> c * tanh(logits / c); 0: off
     zero_init: bool = False  # residual projections start at zero instead of GPT-2's scaled normal
-    attention: str = "fused"  # fused | reference (the same, written out)
+    attention: str = "fused"  # fused (the kernel torch prefers) | flash (never cuDNN's) | reference (written out)
 
     def __post_init__(self):
         if not self.n_tokens:
@@ -103,9 +106,14 @@ CONFIGS = {
 
 # -- the network
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # one kernel needs one dtype
+
+
 def make_norm(cfg):
     if cfg.norm == "rms":
-        return nn.RMSNorm(cfg.n_embd, eps=1e-5)
+        return RMSNorm(cfg.n_embd, eps=1e-5)
     return nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
 
 
@@ -266,16 +274,33 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, document=None):
+    def forward(self, idx, targets=None, document=None, with_logits=True):
         """
         idx (B, T) -> logits (B, T, vocab) and the mean loss over targets >= 0; without targets, the last position's
         logits only. If `document` (B, T) says which document each position belongs to, attention stays inside it.
+        Training needs the loss alone: logits that are returned cost memory, and a gradient of their size.
         """
         x = self.hidden(idx) if document is None else self.hidden(idx, *isolate_documents(document))
         if targets is None:
             return self.logits(x[:, -1:]), None
+        if not with_logits:
+            return None, self.loss(x, targets)
         logits = self.logits(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def loss(self, x, targets):
+        """Final hidden states, (B, T, C) -> the mean loss over targets (B, T) >= 0"""
+        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def set_compiled(self, on):
+        """
+        Compiles a block and the loss, or goes back. All blocks share one compiled function, which is ready long before
+        the whole model would be, and DDP can send a block's gradients while those of the next are computed.
+        """
+        for module, name in [(self, "loss"), *((block, "forward") for block in self.transformer.h)]:
+            vars(module).pop(name, None)  # what compiling put in front of the class's own
+            if on:
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
 
     def hidden(self, idx, positions=None, mask=None, cache=None):
         """
@@ -294,16 +319,17 @@ class GPT(nn.Module):
             x = x + (wpe.weight[positions] if isinstance(positions, slice) else wpe(positions))
         elif self.cfg.pos == "sinusoidal":
             x = x + self.sinusoids[positions]
-        x = F.dropout(x, self.cfg.dropout, self.training)
+        x = F.dropout(x, self.cfg.dropout, self.training).to(compute_dtype(x))
         rotary = None
         if self.cfg.pos == "rotary":
             # (2, 1, T, hs/2), or (2, B, 1, T, hs/2) if each row has its own positions
             rotary = self.rotary[:, positions].unsqueeze(-3)
-        for block in self.transformer.h:
-            if self.grad_checkpoint and self.training:
-                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
-            else:
-                x = block(x, rotary, mask, cache)
+        with contextlib.nullcontext() if self.training else sdpa_kernel(ANY_SHAPE):
+            for block in self.transformer.h:
+                if self.grad_checkpoint and self.training:
+                    x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+                else:
+                    x = block(x, rotary, mask, cache)
         return self.transformer.ln_f(x)
 
     def logits(self, x, ids=None):
@@ -433,9 +459,8 @@ class KVCache:
 
     def __init__(self, model, B):
         cfg, weight = model.cfg, model.transformer.wte.weight
-        device_type = weight.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-        if device_type == "cpu" and not cpu_has_bfloat16():
+        dtype = compute_dtype(weight)
+        if weight.device.type == "cpu" and not cpu_has_bfloat16():
             dtype = torch.float32  # with one query at a time, five times as fast as half precision
         shape = (cfg.n_layer, B, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
         self.k = torch.zeros(shape, dtype=dtype, device=weight.device)
@@ -505,6 +530,17 @@ def use_large_pages():
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+
+
+def autocast(device, dtype):
+    """Matrices are multiplied in this dtype; the weights stay in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def compute_dtype(tensor):
+    """That of autocast, where it is on, else the tensor's"""
+    device_type = tensor.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
 
 
 def pick_dtype(name, device):

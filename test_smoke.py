@@ -22,6 +22,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -1597,11 +1598,10 @@ def test_one_process_and_zero2_resume_from_each_others_checkpoints(zero2, one_pr
         assert losses(tmp_path / run) == pytest.approx(losses(one_process)[6:], abs=1e-5)
 
 
-@pytest.mark.parametrize("option", ["--optimizer=muon", "--compile=true"])
-def test_zero2_says_what_it_cannot_be_combined_with(workspace, option):
-    r = script(here("train.py"), *FAST, "--parallel=zero2", option, cwd=workspace, WORLD_SIZE="2", RANK="0",
+def test_zero2_says_what_it_cannot_be_combined_with(workspace):
+    r = script(here("train.py"), *FAST, "--parallel=zero2", "--optimizer=muon", cwd=workspace, WORLD_SIZE="2", RANK="0",
                LOCAL_RANK="0")
-    assert r.returncode == 1 and r.stderr == "train.py: parallel=zero2 needs optimizer=adamw and no compile\n"
+    assert r.returncode == 1 and r.stderr == "train.py: parallel=zero2 needs optimizer=adamw\n"
 
 
 def test_zero2_keeps_half_of_weights_gradients_and_moments_on_each_of_two_processes(tmp_path):
@@ -2183,17 +2183,15 @@ def test_out_of_memory_tries_smaller_micro_batches_and_then_says_what_helps(monk
     set_globals(monkeypatch, compile="true", block_size=16, micro_batch=0)
     model, room, tried = GPT(small()), 3, []
 
-    def compiled(idx, targets):
-        tried.append(len(idx))
-        if len(idx) > room:
-            raise torch.OutOfMemoryError
-        return model(idx, targets)
+    def try_step(model, teacher_model, device, amp_dtype, B, shares):
+        tried.append(B)
+        if B > room:
+            raise torch.OutOfMemoryError if B > 4 else RuntimeError("CUDA error: out of memory")  # libraries' own
 
     def search():
-        cpu = torch.device("cpu")
-        return train.find_micro_batch(model, None, cpu, contextlib.nullcontext, sequences=12, previous=None, shares=1)
+        return train.find_micro_batch(model, None, torch.device("cpu"), torch.float32, 12, previous=None, shares=1)
 
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled)
+    monkeypatch.setattr(train, "try_step", try_step)
     assert search()[0] == 3 and tried == [12, 6, 4, 3]
     room = 0
     with pytest.raises(UserError, match="--grad_checkpoint, --parallel=zero2 on several GPUs, a block_size below 16"):
@@ -2501,6 +2499,180 @@ def test_plot_draws_whatever_a_log_holds(tmp_path, log):
     (tmp_path / "log.txt").write_text(log)
     plot.plot([str(tmp_path / "log.txt")], str(tmp_path / "log.png"))
     assert is_picture(tmp_path / "log.png")
+
+
+# -- what a GPU needs, observed on a CPU as far as torch shows it there
+
+OBSERVER = """
+import functools, gc, os, runpy, sys, torch
+from torch._dynamo.backends.debugging import aot_eager
+def backend(graph, inputs):
+    print("compiling", flush=True)
+    if os.environ.get("BROKEN"):
+        raise RuntimeError("no compiler")
+    return aot_eager(graph, inputs)  # traces like the real one, which would take half a minute
+def attend(*args, kernel=torch.nn.functional.scaled_dot_product_attention, **options):
+    seen.add(("training" if torch.is_grad_enabled() else "evaluation", torch.backends.cuda.cudnn_sdp_enabled()))
+    return kernel(*args, **options)
+seen = set()
+torch.compile = functools.partial(torch.compile, backend=backend)
+if os.environ.get("ATTENTION"):
+    torch.nn.functional.scaled_dot_product_attention = attend
+gc.callbacks.append(lambda phase, info: info["generation"] == 2 and phase == "stop" and print("garbage collected"))
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("cuDNN", sorted(seen))
+"""
+
+
+@pytest.fixture(scope="session")
+def observer(tmp_path_factory):
+    """A script that runs another, with a stand-in for the compiler, and prints what happens"""
+    path = tmp_path_factory.mktemp("observer") / "observer.py"
+    path.write_text(OBSERVER)
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--grad_checkpoint"], ["--doc_mask"]], ids=str)
+def test_what_is_compiled_before_the_run_is_what_its_steps_and_validations_use(workspace, observer, tmp_path, options):
+    r = run_ok(observer, here("train.py"), *FAST, *options, "--compile=true", f"--out_dir={tmp_path}/a", cwd=workspace,
+               PYTHONPATH=HERE)
+    before, after = r.stdout.split("\nmicro-batch ")
+    assert before.count("compiling") == 3 and "compiling" not in after  # a block, the loss; a block in validation
+    run_ok(here("train.py"), *FAST, *options, f"--out_dir={tmp_path}/b", cwd=workspace)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
+    assert losses(tmp_path / "a", "val") == pytest.approx(losses(tmp_path / "b", "val"), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [[], ["--grad_checkpoint"], ["--parallel=zero2"]], ids=str)
+def test_two_processes_with_compiled_code_give_the_losses_of_one_without(workspace, one_process, observer, tmp_path,
+                                                                         options):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", observer, here("train.py")]
+    options = [*options, "--compile=true", "--micro_batch=2"]
+    r = run_ok(*launch, *NO_DROPOUT, *options, f"--out_dir={tmp_path}", cwd=workspace, PYTHONPATH=HERE)
+    assert "compiling" in r.stdout
+    assert_same_losses(tmp_path, one_process)
+
+
+def test_no_compiler_is_an_error_where_one_was_asked_for(workspace, observer, tmp_path):
+    r = script(observer, here("train.py"), *FAST, "--compile=true", f"--out_dir={tmp_path}", cwd=workspace,
+               PYTHONPATH=HERE, BROKEN="1")
+    assert r.returncode == 1 and re.search("^[^\n]*: cannot compile here .*no compiler.*--compile=false$", r.stderr)
+
+
+def test_without_a_compiler_a_run_says_so_when_it_begins_and_when_it_ends(monkeypatch, capsys):
+    def try_step(model, *args):
+        if "loss" in vars(model):
+            raise RuntimeError("no triton")
+
+    monkeypatch.setattr(train, "try_step", try_step)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    set_globals(monkeypatch, compile="auto", block_size=16, micro_batch=0, grad_checkpoint=False)
+    model = GPT(small())
+    B, problem = train.find_micro_batch(model, None, torch.device("cuda"), torch.bfloat16, 12, 0, shares=1)
+    assert B == 12 and "loss" not in vars(model) and "no triton" in problem and problem in capsys.readouterr().out
+    train.print_summary(train.new_run(), False, problem)
+    assert problem in capsys.readouterr().out
+
+
+def test_micro_batches_that_cannot_fit_are_not_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(train, "try_step", lambda model, teacher, device, dtype, B, shares: tried.append(B))
+    set_globals(monkeypatch, compile="auto", block_size=16, micro_batch=0, grad_checkpoint=False)
+    model = GPT(small())
+    free = train.activation_bytes(model, 5, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
+    assert train.find_micro_batch(model, None, torch.device("cuda"), torch.bfloat16, 12, 0, shares=1)[0] == 4
+    assert tried == [4]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_memory_of_a_micro_batch_is_known_within_a_third(monkeypatch, checkpointed):
+    set_globals(monkeypatch, block_size=64, grad_checkpoint=checkpointed)
+    model = GPT(small(block_size=64, vocab_size=512, n_layer=6, n_embd=128))
+    model.grad_checkpoint = checkpointed
+    idx, saved = torch.randint(512, (2, 4, 64)), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _, loss = model(*idx, with_logits=False)
+    logits = 4 * 64 * 512 * 4 * 2  # beside those that are saved: the backward pass makes their gradient
+    assert train.activation_bytes(model, 4, torch.float32) == pytest.approx(sum(saved.values()) + logits, rel=1 / 3)
+
+
+def test_the_trial_leaves_room_for_moments_gradients_and_buffers(monkeypatch):
+    empty, taken = torch.empty, []
+    set_globals(monkeypatch, block_size=16, doc_mask=False, val_interval=0)
+    model = GPT(small())
+
+    def noted(n, **options):
+        taken.append(n)
+        return empty(n, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    train.try_step(model, None, torch.device("cpu"), torch.float32, 2, shares=1)
+    assert sum(taken) >= 3 * model.param_counts()["total"]
+
+
+@pytest.mark.parametrize("options, in_training", [([], True), (["--attention=flash"], False), (["--doc_mask"], False)],
+                         ids=str)
+def test_cudnns_attention_is_kept_to_training_without_masks(workspace, observer, tmp_path, options, in_training):
+    r = run_ok(observer, here("train.py"), *FAST, *options, "--max_steps=5", "--sample_interval=5",
+               f"--out_dir={tmp_path}", cwd=workspace, PYTHONPATH=HERE, ATTENTION="1")
+    assert f"cuDNN [('evaluation', False), ('training', {in_training})]" in r.stdout
+    for command in (["eval.py", "--prompt=Once"], ["eval.py", "--perplexity=t.txt", "--limit=100"]):
+        r = run_ok(observer, here(command[0]), *command[1:], f"--out_dir={tmp_path}", cwd=workspace, PYTHONPATH=HERE,
+                   ATTENTION="1")
+        assert "cuDNN [('evaluation', False)]" in r.stdout
+
+
+def test_nodes_without_a_common_folder_each_prepare_their_data(workspace, tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    options = [*FAST, f"--data={workspace}/t.txt", "--tokenizer=byte", "--max_steps=2", f"--out_dir={tmp_path}/run"]
+    processes = []
+    for node in range(2):
+        (tmp_path / f"node{node}").mkdir()
+        env = {**os.environ, "RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+               "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(
+            [sys.executable, here("train.py"), *options], cwd=tmp_path / f"node{node}", env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    assert [(p.communicate(timeout=120)[1], p.returncode) for p in processes] == [("", 0)] * 2
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_run_in_bfloat16_logs_the_loss_that_eval_measures(workspace, tmp_path):
+    options = ["--dtype=bfloat16", "--max_steps=5", "--val_tokens=1000000", f"--out_dir={tmp_path}"]
+    run_ok(here("train.py"), *FAST, *options, cwd=workspace)
+    n = len(DataLoader(str(workspace / "data/t"), "val", 1, 32).rows) * 32 + 1
+    r = run_ok(here("eval.py"), "--perplexity=data/t", "--stride=32", f"--limit={n}", "--dtype=bfloat16",
+               "--device=cpu", f"--out_dir={tmp_path}", cwd=workspace)
+    assert float(re.search(r"([\d.]+) nats", r.stdout)[1]) == pytest.approx(losses(tmp_path, "val")[-1], abs=1e-4)
+
+
+def test_float16_is_refused_where_torch_has_no_scaler(monkeypatch):
+    set_globals(monkeypatch, dtype="float16")
+    assert train.training_dtype(torch.device("cpu")) == torch.float16
+    with pytest.raises(UserError, match="dtype=float16 needs a loss scaler"):
+        train.training_dtype(torch.device("mps"))
+
+
+def test_garbage_is_collected_when_a_run_is_evaluated_and_never_in_between(workspace, observer, tmp_path):
+    options = [*FAST, "--max_steps=10", "--log_interval=1", f"--out_dir={tmp_path}"]
+    r = run_ok(observer, here("train.py"), *options, cwd=workspace, PYTHONPATH=HERE)
+    lines = r.stdout.split("\nmicro-batch ")[1].splitlines()
+    after = [lines[i + 1].split(" | ")[:2] for i, line in enumerate(lines) if line == "garbage collected"]
+    assert len(after) == 4  # at the end of set-up, and before the validations at steps 0, 5 and 10
+    assert all("validation" in text for _, text in after[1:])
 
 
 # -- faults: signals, closed pipes, full disks, other runs, bad numbers

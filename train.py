@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -30,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import filelock
@@ -43,7 +45,7 @@ import dataset
 import hellaswag
 from data_loader import DataLoader, Pairs
 from dataset import UserError
-from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_SIZE, GPTConfig, build_model,
+from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_SIZE, GPTConfig, autocast, build_model,
                    checkpoint_step, find_checkpoints, find_model, make_config, open_model, pick_device, pick_dtype,
                    read_checkpoint, use_large_pages)
 
@@ -448,6 +450,7 @@ def start_processes(device):
     hint.daemon = True
     hint.start()
     try:
+        # Two hours, since a process may have to wait for data that another one prepares.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         dist.all_reduce(present := torch.zeros(1, device=device))
         present.item()  # CUDA works asynchronously: wait
@@ -471,6 +474,14 @@ def all_sum(device, *numbers):
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def training_dtype(device):
+    """What matrices are multiplied in; the weights and the optimizer's moments are in float32."""
+    picked = pick_dtype(dtype, device)
+    if picked == torch.float16 and device.type == "mps":
+        raise UserError("dtype=float16 needs a loss scaler, which torch does not have for mps; use bfloat16 or float32")
+    return picked
 
 
 def peak_tflops(device):
@@ -587,7 +598,7 @@ def open_teacher(device):
 
 def loss_fn(model, teacher_model, x, y, *document):
     """The mean loss over the targets of a batch; with a teacher, mixed with the divergence from its predictions"""
-    logits, loss = model(x, y, *document)
+    logits, loss = model(x, y, *document, with_logits=teacher_model is not None)
     if teacher_model is None:
         return loss
     with torch.inference_mode(), torch.autocast(x.device.type, enabled=False):
@@ -651,16 +662,6 @@ def full_model(model):
     return build_model(model.cfg, weights, "the model in training").to(model.lm_head.weight.device)
 
 
-def gather(tree, keep_result=True):
-    """A state dict with full tensors on the CPU in place of shards. All processes call it; one keeps the result."""
-    if isinstance(tree, dict):
-        return {k: gather(v, keep_result) for k, v in tree.items()}
-    if hasattr(tree, "full_tensor"):
-        tree = tree.full_tensor()
-        return tree.cpu() if keep_result else None
-    return tree
-
-
 def shard_like(p, tensor):
     """The part of a full tensor that belongs to this process, if the parameter p, of the same shape, is sharded"""
     if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
@@ -671,45 +672,67 @@ def shard_like(p, tensor):
 
 # -- the micro-batch
 
-def find_micro_batch(model, teacher_model, device, autocast, sequences, previous, shares):
+def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previous, shares):
     """
-    -> the largest micro-batch that fits, and the model to train, compiled if that works. Tried before the run, so that
+    -> the largest micro-batch that fits, and why the model could not be compiled, or "". Tried before the run, so that
     a lack of memory or of a compiler shows at once. `previous` is what a resumed run had; a process keeps one of
     `shares` parts of AdamW's moments.
     """
     largest = previous or max(1, (65536 if device.type == "cuda" else 4096) // block_size)  # more would not be faster
     sizes = [micro_batch] if micro_batch else [d for d in reversed(divisors(sequences)) if d <= largest]
-    wants_compile = compile == "true" or compile == "auto" and device.type == "cuda" and shares == 1
-    fast_model = torch.compile(model, dynamic=False) if wants_compile else model
-    while fast_model is not model or device.type == "cuda":
+    if device.type == "cuda":  # no time is spent on compiling for sizes that cannot fit
+        free = torch.cuda.mem_get_info(device)[0]
+        sizes = [B for B in sizes if activation_bytes(model, B, amp_dtype) < free] or sizes[-1:]
+    wants_compile = compile == "true" or compile == "auto" and device.type == "cuda"
+    model.set_compiled(wants_compile)
+    problem = ""
+    while wants_compile or device.type == "cuda":
         try:
-            try_step(model, fast_model, teacher_model, device, autocast, sizes[0], shares)
+            try_step(model, teacher_model, device, amp_dtype, sizes[0], shares)
             break
-        except torch.OutOfMemoryError:
-            if len(sizes) == 1:
-                raise UserError(out_of_memory_advice(sizes[0], shares)) from None
-            sizes.pop(0)
         except Exception as e:  # a compiler can fail in any way
-            if fast_model is model:
+            reason = " ".join(str(e).split())[:150]
+            if isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e):
+                if len(sizes) == 1:
+                    raise UserError(out_of_memory_advice(sizes[0], shares)) from None
+                sizes.pop(0)
+                continue
+            if not wants_compile:
                 raise
-            problem = str(e).strip().partition("\n")[0][:100]
-            print(f"cannot compile here ({type(e).__name__}: {problem}); training continues uncompiled", flush=True)
-            fast_model = model
+            if compile == "true":
+                raise UserError(f"cannot compile here ({type(e).__name__}: {reason}); use --compile=false") from None
+            problem = f"not compiled ({type(e).__name__}: {reason}): training is slower than it could be"
+            print(problem, flush=True)
+            model.set_compiled(wants_compile := False)
         finally:
-            if wants_compile:
-                torch._dynamo.reset()  # a graph compiled here would keep DDP from splitting it
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-    return sizes[0], fast_model
+    return sizes[0], problem
 
 
-def try_step(model, fast_model, teacher_model, device, autocast, B, shares):
-    """The forward and backward pass of a step, with room for AdamW's two moments; a validation needs less."""
-    moments = [torch.empty(2, p.numel() // shares, device=device) for p in model.parameters()]
+def activation_bytes(model, B, amp_dtype):
+    """Roughly what a forward pass keeps for the backward pass"""
+    cfg, size = model.cfg, torch.finfo(amp_dtype).bits // 8
+    block = cfg.n_embd * (size if grad_checkpoint else 17 * size)
+    logits = cfg.vocab_size * (size + 8)  # and two copies in float32
+    return B * block_size * (cfg.n_layer * block + logits)
+
+
+def try_step(model, teacher_model, device, amp_dtype, B, shares):
+    """
+    The forward and backward pass of a step, with room for AdamW's two moments, for an earlier micro-batch's gradients,
+    and for what DDP and NCCL take. A validation needs less; its code is compiled here, too.
+    """
+    room = [torch.empty(2 * p.numel() // shares + p.numel(), device=device) for p in model.parameters()]
+    if device.type == "cuda":
+        room.append(torch.empty(2**30, dtype=torch.uint8, device=device))
+    # Three tensors: code that is compiled for one tensor in two places would not be used for two.
     batch = [torch.zeros(B, block_size, dtype=torch.long, device=device) for _ in range(3 if doc_mask else 2)]
-    with autocast():
-        loss_fn(fast_model, teacher_model, *batch).backward()
-    del moments
+    with autocast(device, amp_dtype):
+        loss_fn(model, teacher_model, *batch).backward()
+        if val_interval and shares == 1:
+            hellaswag.sum_losses(model, [batch])
+    del room
 
 
 def out_of_memory_advice(B, shares):
@@ -768,35 +791,59 @@ def checkpoint_path(step):
     return os.path.join(out_dir, "checkpoints", f"model_{step:06d}.pt")
 
 
-def save_checkpoint(run, constants, model, optimizers, scaler, loader, device):
-    """Collects the whole run from all processes into one file.  -> whether it could be written"""
-    check_finite(run, model, device)
-    previous_best, is_main = run["best"], True
-    if is_new_best(run):
-        run["best"] = dict(run["last_val"])
-    rng = [{kind: RNG[kind].get_rng_state() for kind in ("cpu", device.type)}]
-    if dist.is_initialized():
-        is_main, states = dist.get_rank() == 0, rng[0]
-        rng = [None] * dist.get_world_size()
-        dist.all_gather_object(rng, states)
-    weights = gather(model.state_dict(), is_main)
-    moments = [gather(o.state_dict(), is_main) for o in optimizers]
-    failed = False
-    if is_main:
+class Saver:
+    """Writes checkpoints in a thread, from a copy, while training goes on. Every process has one; the first writes."""
+
+    def __init__(self, device):
+        self.device, self.pool = device, ThreadPoolExecutor(1)
+        self.writing = None  # whether the newest checkpoint could be written, as a Future
+        self.previous_best = None
+
+    def save(self, run, constants, model, optimizers, scaler, loader):
+        """Collects the whole run from all processes, and begins to write it into one file"""
+        check_finite(run, model, self.device)
+        self.finish(run)
+        self.previous_best, is_main = run["best"], True
+        if is_new_best(run):
+            run["best"] = dict(run["last_val"])
+        rng = [{kind: RNG[kind].get_rng_state() for kind in ("cpu", self.device.type)}]
+        if dist.is_initialized():
+            is_main, states = dist.get_rank() == 0, rng[0]
+            rng = [None] * dist.get_world_size()
+            dist.all_gather_object(rng, states)
+        weights = model.state_dict()
         if model.cfg.tie_head:
-            weights["lm_head.weight"] = weights["transformer.wte.weight"]  # gathered separately, they became two
-        failed = not write_checkpoint(run, dict(
-            constants, step=run["step"], run=run, model=weights, optimizers=moments, rng=rng,
-            scaler=scaler.state_dict(), loader=loader.state_dict()))
-    failed = all_sum(device, failed)[0] > 0
-    if failed:
-        run["best"] = previous_best
-    return not failed
+            del weights["lm_head.weight"]
+        weights = copy_to_host(weights, is_main)
+        moments = [copy_to_host(o.state_dict(), is_main) for o in optimizers]
+        if is_main:
+            if model.cfg.tie_head:
+                weights["lm_head.weight"] = weights["transformer.wte.weight"]
+            self.writing = self.pool.submit(write_checkpoint, dict(
+                constants, step=run["step"], run=copy.deepcopy(run), model=weights, optimizers=moments, rng=rng,
+                scaler=scaler.state_dict(), loader=loader.state_dict()))
+
+    def finish(self, run):
+        """Waits until the last checkpoint is written.  -> whether that worked, the same on all processes"""
+        failed = all_sum(self.device, self.writing is not None and not self.writing.result())[0] > 0
+        if failed:
+            run["best"] = self.previous_best
+        return not failed
 
 
-def write_checkpoint(run, ckpt):
+def copy_to_host(tree, keep_result=True):
+    """A state dict copied to the CPU, shards put together. All processes call it; one keeps the result."""
+    if isinstance(tree, dict):
+        return {k: copy_to_host(v, keep_result) for k, v in tree.items()}
+    if not torch.is_tensor(tree):
+        return tree
+    tree = tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+    return tree.to("cpu", copy=True) if keep_result else None
+
+
+def write_checkpoint(ckpt):
     """-> whether that worked. The newest `keep` checkpoints stay, and the best."""
-    path = checkpoint_path(run["step"])
+    run, path = ckpt["run"], checkpoint_path(ckpt["step"])
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         dataset.write_atomically(path, lambda f: torch.save(ckpt, f))
@@ -810,7 +857,7 @@ def write_checkpoint(run, ckpt):
         if checkpoint_step(old) != run["best"]["step"] and not run["skipped"]:
             with contextlib.suppress(OSError):
                 os.remove(old)
-    print(f"step {run['step']}/{max_steps} | saved {path}", flush=True)
+    print(f"step {run['step']}/{max_steps} | saved {path}\n", end="", flush=True)  # at once, since this is a thread
     return True
 
 
@@ -978,20 +1025,17 @@ def run_ladder(asked):
     for name, change in [*LADDER.items(), ("more GPUs", more_gpus)]:
         problem = absent.get(name)
         if not problem:
-            settings.update(change)
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-            options = [f"--{k}={v}" for k, v in settings.items()]
+            options = [f"--{k}={v}" for k, v in {**settings, **change}.items()]
             command = [sys.executable, *(launch if name == "more GPUs" else []), __file__, *options]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 problem = (done.stderr.strip().splitlines() or ["it failed"])[-1]
-            else:
-                row = json.loads(done.stdout.splitlines()[-1])
-                if settings["compile"] == "true" and not row["compiled"]:
-                    problem, settings["compile"] = "there is no compiler for it here", "false"
         if problem:
             print(f"{name:<18}{'-':>12}  {problem}", flush=True)
             continue
+        settings.update(change)
+        row = json.loads(done.stdout.splitlines()[-1])
         previous = rates[-1] if rates else row["tok_s"]
         rates.append(row["tok_s"])
         gain, total = rates[-1] / previous, rates[-1] / rates[0]
@@ -1010,6 +1054,7 @@ def evaluate(run, log, model, held_out, byte_lengths, examples, enc, template, B
     if any(is_due(interval, run) for interval in (val_interval, hella_interval, sample_interval)):
         check_finite(run, model, device)
         model = full_model(model)
+        gc.collect()  # switched off during the steps
     for split, loader in held_out.items():
         is_val = split == "val"
         if not (is_due(val_interval, run) if is_val else val_interval and is_last(run)):
@@ -1087,11 +1132,13 @@ def print_bench(times, flops_per_token, peak, world_size, device, facts):
                           mem_gb=round(peak_memory_gb(device), 2), world_size=world_size, **facts)))
 
 
-def print_summary(run, stopped):
+def print_summary(run, stopped, problem):
     why = f", no better validation loss in {patience}" if out_of_patience(run) else ""
     cost = f", ${run['usd']:.2f}" if usd_per_gpu_hour else ""
     minutes = f"{run['seconds'] / 60:.1f} minutes of training"
     print(f"{'stopped' if stopped else 'done'} at step {run['step']}{why}: {minutes}{cost}")
+    if problem:
+        print(problem)
     if patience and run["best"]["step"] >= 0:
         print(f"best: step {run['best']['step']}, validation loss {run['best']['loss']:.4f}: "
               f"{checkpoint_path(run['best']['step'])}")
@@ -1116,8 +1163,8 @@ if __name__ == "__main__":
     rank, local_rank, world_size = read_launch({**launch, **os.environ})
     is_main, is_local_main = rank == 0, local_rank == 0
     sharded = parallel == "zero2" and world_size > 1
-    if sharded and (optimizer != "adamw" or compile == "true"):
-        raise UserError("parallel=zero2 needs optimizer=adamw and no compile")
+    if sharded and optimizer != "adamw":
+        raise UserError("parallel=zero2 needs optimizer=adamw")
     if bench == "ladder":
         run_ladder(asked)
         sys.exit()
@@ -1134,11 +1181,12 @@ if __name__ == "__main__":
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    amp_dtype = pick_dtype(dtype, device)
+    # With masks cuDNN's attention can return NaN in the backward pass (pytorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(attention == "fused" and not doc_mask)
+    amp_dtype = training_dtype(device)
     amp_name = str(amp_dtype).removeprefix("torch.")
-    autocast = functools.partial(torch.autocast, device.type, amp_dtype, enabled=amp_dtype != torch.float32)
 
-    # 2. Data and model. raw_model is the bare network; `model`, below, may be compiled and is wrapped in DDP.
+    # 2. Data and model. raw_model is the bare network; `model`, below, may be wrapped in DDP.
     source, spec, enc = open_data(spec, is_local_main)
     model_name = ckpt["path"] if ckpt else init_from
     check_tokenizers(spec, {model_name: model_spec, f"the teacher {teacher}": teacher_spec}, asked)
@@ -1172,17 +1220,17 @@ if __name__ == "__main__":
     # 3. Micro-batch, processes, optimizers
     previous_B = ckpt["micro_batch"] if ckpt else 0
     shares = world_size if sharded else 1
-    B, model = find_micro_batch(raw_model, teacher_model, device, autocast, sequences, previous_B, shares)
-    is_compiled = model is not raw_model
+    B, problem = find_micro_batch(raw_model, teacher_model, device, amp_dtype, sequences, previous_B, shares)
+    model = raw_model
     if world_size > 1:
         dist.all_reduce(smallest := torch.tensor(B, device=device), dist.ReduceOp.MIN)
         B = int(smallest)
         model = shard_model(raw_model, device, world_size) if sharded else \
-            DistributedDataParallel(model, gradient_as_bucket_view=True)
+            DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
     accumulate = sequences // B
     loader.B = B
     optimizers = make_optimizers(raw_model, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16 and device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
     # 4. Where to begin
     torch.manual_seed(seed + rank)  # dropout differs between processes
@@ -1214,18 +1262,21 @@ if __name__ == "__main__":
     gc.freeze()
     gc.disable()  # a collection in the middle of a step can take half a second
 
+    if world_size > 1:  # from here on nothing should take longer
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=10))
+
     # 5. The loop
-    peak, times, stop, saved = peak_tflops(device), [], False, True
+    peak, times, stop, saver = peak_tflops(device), [], False, Saver(device)
     for step in range(first_step, max_steps + 1):
         run["step"] = step
         is_new = step > first_step or not run["evaluated"]  # differs from the checkpoint resumed from
         if not run["evaluated"] and not stop:
-            with autocast():
+            with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
                 run["evaluated"] = evaluate(run, **evaluation)
             stop = not run["evaluated"]
         checkpoint_due = step > 0 and is_new and is_due(ckpt_interval, run) or patience and is_new_best(run)
         if not bench and (stop or checkpoint_due):
-            saved = save_checkpoint(run, constants, raw_model, optimizers, scaler, loader, device)
+            saver.save(run, constants, raw_model, optimizers, scaler, loader)
         if stop or is_last(run):
             break
 
@@ -1243,7 +1294,7 @@ if __name__ == "__main__":
             # The step's loss is the mean over all its targets, however they are divided: a micro-batch counts by its
             # share of them. Times world_size, since DDP and ZeRO-2 average the gradients of the processes.
             weight = (y >= 0).sum() * (world_size / target_count)
-            with autocast():
+            with autocast(device, amp_dtype):
                 part = loss_fn(model, teacher_model, x, y, *document) * weight
             loss += part.detach()
             scaler.scale(part).backward()
@@ -1283,13 +1334,14 @@ if __name__ == "__main__":
             log_step(log, run, loss, norm, lr, seconds, flops_per_token, peak, world_size)
 
     # 6. The summary
+    saved = saver.finish(run)
     if is_main and bench:
         print_bench(times, flops_per_token, peak, world_size, device, dict(
-            micro_batch=B, dtype=amp_name, compiled=is_compiled, parameters=n_parameters))
+            micro_batch=B, dtype=amp_name, compiled="loss" in vars(raw_model), parameters=n_parameters))
     if log:
         if log.wandb:
             log.wandb.finish()
-        print_summary(run, stop)
+        print_summary(run, stop, problem)
     exit_code = 0
     if should_stop():
         exit_code = 128 + should_stop()
