@@ -27,7 +27,7 @@ from dataset import (TOKENIZER_SPEC, UserError, check_spec, check_types, read_js
 GPT2_TOKENS = 50257
 GPT2_PADDED = 50304  # the next multiple of 128: matrix products are faster
 MAX_SIZE = 2**17  # of any number in a shape: a larger one is a mistake or a damaged file
-# cuDNN's attention is the fastest for a shape it has seen, but it plans each new one for 25 ms or more. The others do not.
+# Without cuDNN's attention, which is the fastest for a shape it has seen, but plans each new one for 25 ms or more
 ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 CHOICES = {

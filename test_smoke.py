@@ -1558,6 +1558,30 @@ def assert_same_losses(a, b):
         assert losses(a, stream) == pytest.approx(losses(b, stream), abs=1e-5)
 
 
+def test_a_checkpoint_is_written_while_steps_go_on_and_holds_the_moment_it_was_begun(workspace, tmp_path):
+    (tmp_path / "slow.py").write_text(f"""
+import runpy, sys, time, torch
+save = torch.save
+def slow(*args):
+    time.sleep(0.3)
+    save(*args)
+torch.save = slow
+sys.path[0], sys.argv = {HERE!r}, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    options = ["--max_steps=30", "--ckpt_interval=10", "--val_interval=0", f"--out_dir={tmp_path}/slow"]
+    r = run_ok(tmp_path / "slow.py", here("train.py"), *FAST, *options, cwd=workspace)
+    saved, step, done = (r.stdout.index(text) for text in ("saved", "\nstep 11/30 | loss", "\ndone"))
+    assert step < saved < r.stdout.rindex("saved") < done
+    run_ok(here("train.py"), *FAST, *options[:3], f"--out_dir={tmp_path}/fast", cwd=workspace)
+    for n in (10, 20, 30):
+        a, b = (read_checkpoint(f"{tmp_path}/{run}/checkpoints/model_{n:06d}.pt") for run in ("slow", "fast"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+        for x, y in zip(a["optimizers"][0]["state"].values(), b["optimizers"][0]["state"].values(), strict=True):
+            assert torch.equal(x["exp_avg"], y["exp_avg"]) and x["step"] == y["step"]
+        assert a["loader"] == b["loader"] and a["run"]["tokens"] == b["run"]["tokens"]
+
+
 def test_two_processes_give_the_losses_of_one(workspace, one_process):
     torchrun(2, *NO_DROPOUT, "--out_dir=runs/two", cwd=workspace)
     assert_same_losses(workspace / "runs/two", one_process)
@@ -2124,6 +2148,16 @@ def test_bench_prints_one_line_of_json_and_writes_nothing(workspace):
     assert tree(workspace) == before
 
 
+def test_a_profile_is_a_trace_and_says_what_the_steps_spent_their_time_on(workspace, tmp_path):
+    path = tmp_path / "trace.json"
+    r = run_ok(here("train.py"), *FAST, "--bench=5", f"--profile={path}", cwd=workspace)
+    shares = {k: float(v) for k, v in re.findall(r"(\w+) ([\d.]+)%", r.stdout.split("trace.json: ")[1])}
+    assert list(shares) == [*train.WORK, "other", "idle"] and sum(shares.values()) == pytest.approx(100, abs=1)
+    assert all(shares[kind] > 0 for kind in ("matmul", "attention", "loss", "optimizer", "other"))
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert "aten::_fused_adamw_" in names
+
+
 def test_the_ladder_measures_every_technique_that_is_at_hand(monkeypatch, capsys, workspace):
     monkeypatch.chdir(workspace)
     monkeypatch.delitem(train.LADDER, "torch.compile")  # takes a minute
@@ -2675,6 +2709,170 @@ def test_garbage_is_collected_when_a_run_is_evaluated_and_never_in_between(works
     assert all("validation" in text for _, text in after[1:])
 
 
+# -- CUDA: about a minute on one GPU
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+CUDA = "cuda"
+ON_CUDA = [*FAST, f"--device={CUDA}", "--deterministic", "--max_steps=12", "--ckpt_interval=6", "--val_interval=6"]
+
+
+def loss_and_gradients(model, idx, *document, dtype=torch.float32):
+    """-> the loss of a training step, and all gradients, on the CPU"""
+    device = model.lm_head.weight.device
+    x, y = idx.to(device), idx.roll(-1, 1).to(device)
+    model.train().zero_grad()
+    with model_file.autocast(device, dtype):
+        loss = model(x, y, *(d.to(device) for d in document), with_logits=False)[1]
+    loss.backward()
+    return [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())]
+
+
+def assert_close(a, b, tolerance):
+    """Relative to each tensor's largest value: half precision has no more to offer."""
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=tolerance * max(1e-6, y.abs().max().item()))
+
+
+@needs_cuda
+@each_kind
+def test_cuda_gives_the_loss_and_gradients_of_the_cpu_in_float32(switches):
+    torch.set_float32_matmul_precision("highest")
+    model, idx = lively(**switches), torch.randint(64, (2, 16))
+    on_cpu = loss_and_gradients(model, idx)
+    assert_close(loss_and_gradients(model.to(CUDA), idx), on_cpu, 1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("T", [64, 192, 256])
+def test_fused_attention_on_cuda_gives_the_gradients_of_the_reference(T, documents, dtype):
+    torch.manual_seed(0)
+    idx, document = torch.randint(64, (2, T)), torch.randint(2, (2, T)).cumsum(1)
+    results = {}
+    for attention in ("fused", "flash", "reference"):
+        torch.manual_seed(1)
+        model = GPT(small(block_size=T, n_embd=128, attention=attention)).to(CUDA)
+        torch.backends.cuda.enable_cudnn_sdp(attention == "fused" and not documents)  # as train.py does
+        results[attention] = loss_and_gradients(model, idx, *[document] * documents, dtype=dtype)
+    for attention in ("fused", "flash"):
+        assert_close(results[attention], results["reference"], 0.03 if dtype == torch.bfloat16 else 1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_code_on_cuda_gives_the_loss_and_gradients_of_eager(dtype):
+    torch.manual_seed(0)
+    model, idx = GPT(small(block_size=64, n_embd=128)).to(CUDA), torch.randint(64, (4, 64))
+    eager = loss_and_gradients(model, idx, dtype=dtype)
+    model.set_compiled(True)
+    assert_close(loss_and_gradients(model, idx, dtype=dtype), eager, 0.03 if dtype == torch.bfloat16 else 1e-3)
+
+
+@needs_cuda
+@each_kind
+def test_documents_that_share_a_row_on_cuda_say_what_each_says_alone(switches):
+    model, lengths = lively(**switches).to(CUDA), (5, 1, 7, 3)
+    documents = [torch.randint(64, (n,), device=CUDA) for n in lengths]
+    number = torch.tensor([7] * 5 + [-1] + [0] * 7 + [1] * 3, device=CUDA)[None]
+    row = torch.cat(documents)[None]
+    for document, logits in zip(documents, model(row, row, number)[0][0].split(lengths)):
+        torch.testing.assert_close(logits, model(document[None], document[None])[0][0], atol=1e-3, rtol=1e-3)
+
+
+@needs_cuda
+@each_kind
+def test_greedy_generation_on_cuda_equals_that_without_a_cache(switches):
+    torch.set_float32_matmul_precision("highest")
+    model, prompts = lively(**switches).to(CUDA), [torch.randint(64, (n,)).tolist() for n in (1, 9, 16)]
+    stream = model.stream(prompts, temperature=0)
+    together = torch.cat([next(stream) for _ in range(40)], dim=1).tolist()
+    assert together == [generate_without_cache(model, prompt, 40) for prompt in prompts]
+
+
+@needs_cuda
+def test_hellaswag_on_cuda_equals_a_slow_loop_over_single_endings():
+    torch.set_float32_matmul_precision("highest")
+    enc, rng = get_tokenizer("byte"), random.Random(0)
+    model = lively(block_size=96, vocab_size=384)
+    examples = [{"ctx": "".join(rng.choices("abc ", k=20)), "label": rng.randrange(4),
+                 "endings": ["".join(rng.choices("abc", k=rng.randint(1, 9))) for _ in range(4)]} for _ in range(60)]
+    slow = slow_hellaswag(model, enc, examples)
+    assert hellaswag.evaluate(model.to(CUDA), enc, examples) == slow
+
+
+@needs_cuda
+def test_an_overflow_in_float16_on_cuda_costs_a_step_and_no_run(workspace, tmp_path):
+    (tmp_path / "overflow.py").write_text(f"""
+import functools, runpy, sys, torch
+torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**28)
+sys.path[0], sys.argv = {HERE!r}, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    options = [*FAST, f"--device={CUDA}", "--dtype=float16", "--max_steps=40", f"--out_dir={tmp_path}/run"]
+    r = run_ok(tmp_path / "overflow.py", here("train.py"), *options, cwd=workspace)
+    lines = [line for (stream, _), line in records(tmp_path / "run").items() if stream == "train"]
+    norms = [float(re.search(r"norm=(\S+)", line)[1]) for line in lines]
+    assert not math.isfinite(norms[0]) and math.isfinite(norms[-1]) and "skipped" not in r.stdout
+    assert losses(tmp_path / "run", "val")[-1] < losses(tmp_path / "run", "val")[0]
+
+
+@needs_cuda
+def test_sharding_and_ddp_over_compiled_code_work_with_cudas_own_collectives(tmp_path):
+    (tmp_path / "one.py").write_text(f"""
+import torch, train
+from model import GPT, GPTConfig, autocast
+from torch.nn.parallel import DistributedDataParallel
+device = torch.device("{CUDA}", 0) if "{CUDA}" == "cuda" else torch.device("{CUDA}")
+train.start_processes(device)
+batches = torch.randint(64, (2, 2, 4, 64), device=device)
+
+def gradients(prepare, checkpointed=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    raw = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=64)).to(device).train()
+    raw.grad_checkpoint = checkpointed
+    model, scaler = prepare(raw), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    for i, (x, y) in enumerate(batches):
+        model.require_backward_grad_sync = i == 1
+        with autocast(device, dtype):
+            loss = model(x, y, with_logits=False)[1]
+        scaler.scale(loss).backward()
+    [optimizer] = train.make_optimizers(raw, device)
+    scaler.unscale_(optimizer)
+    grads = train.copy_to_host({{name: p.grad for name, p in raw.named_parameters()}})
+    scaler.step(optimizer)
+    for p, state in optimizer.state.items():  # what a checkpoint holds, and back
+        whole = train.copy_to_host(state)["exp_avg"]
+        part = train.shard_like(p, whole)
+        assert (part.full_tensor() if hasattr(part, "full_tensor") else part).cpu().equal(whole)
+    return grads
+
+def compiled(model):
+    model.set_compiled(True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+plain = gradients(lambda model: model)
+for name, result, tolerance in [
+        ("ddp", gradients(compiled), 1e-3), ("ddp, checkpointed", gradients(compiled, True), 1e-3),
+        ("sharded", gradients(lambda model: train.shard_model(model, device, 1)), 1e-3),
+        ("sharded, float16", gradients(lambda model: train.shard_model(model, device, 1), dtype=torch.float16), 0.03)]:
+    for k in plain:
+        assert (result[k] - plain[k]).abs().max() <= tolerance * plain[k].abs().max(), (name, k)
+torch.distributed.destroy_process_group()
+""")
+    run_ok("-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone", tmp_path / "one.py", cwd=tmp_path,
+           PYTHONPATH=HERE)
+
+
+@needs_cuda
+def test_a_deterministic_run_on_cuda_resumes_bit_for_bit(workspace, tmp_path):
+    run_ok(here("train.py"), *ON_CUDA, f"--out_dir={tmp_path}/a", cwd=workspace)
+    resume = [f"--resume={tmp_path}/a/checkpoints/model_000006.pt", "--data=data/t", "--deterministic"]
+    run_ok(here("train.py"), *resume, f"--out_dir={tmp_path}/b", cwd=workspace)
+    a, b = (read_checkpoint(f"{tmp_path}/{run}/checkpoints/model_000012.pt")["model"] for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a) and losses(tmp_path / "b") == losses(tmp_path / "a")[6:]
+
+
 # -- faults: signals, closed pipes, full disks, other runs, bad numbers
 
 def start(*args, cwd, **options):
@@ -3157,6 +3355,7 @@ MISTAKES = {
     "a word for a number": ([*T, "--max_steps=many"], "--max_steps: 'many' is not a whole number"),
     "a fraction for a whole number": ([*T, "--max_steps=1.5"], "--max_steps: '1.5' is not a whole number"),
     "a number out of range": ([*T, "--keep=0"], "keep=0 is below 1"),
+    "a profile in no folder": ([*T, "--profile=none/trace.json"], "no folder for --profile=none/trace.json"),
     "a negative rate": ([*T, "--max_lr=-1"], "max_lr=-1.0 is below 0"),
     "an unknown choice": ([*T, "--norm=batch"], "--norm: invalid choice: 'batch' (choose from"),
     "a missing config": ([*T, "--config=no.json"], "cannot read no.json"),

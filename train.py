@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import gc
 import inspect
 import json
@@ -102,6 +101,7 @@ usd_per_gpu_hour = 0.0  # price of a GPU-hour, to add up the cost of the trainin
 wandb_project = ""  # log to Weights & Biases too
 dry_run = False  # print what the run would be and cost, and stop
 bench = ""  # time this many steps, print one line of JSON, and stop; or ladder: measure each speed-up in turn
+profile = ""  # write a trace of the last steps to this file, for ui.perfetto.dev, and print what took their time
 
 # -- tables
 
@@ -122,7 +122,8 @@ LIMITS = {
     "distill_temperature": (1e-3, 1e3), "total_batch_size": (1, 2**40), "keep": (1, 2**40), "val_tokens": (1, 2**40),
     "log_interval": (1, 2**40), **dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), (1, MAX_SIZE))}
 # Not restored from a checkpoint: options of a single launch, and paths, since the file may come from a stranger.
-NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "bench", "out_dir", "data", "teacher")
+NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "bench", "profile", "out_dir", "data",
+               "teacher")
 MAY_CHANGE = ("dropout", "attention")  # the fields of GPTConfig that may differ from those of a checkpoint
 RECENT = 128  # steps that a spike is measured against
 MAX_SKIPPED = 20  # steps in a row that may be skipped
@@ -174,6 +175,13 @@ LADDER = {
     "vocabulary 50304": dict(vocab_size=50304),
     "torch.compile": dict(compile="true"),
 }
+
+PROFILED_STEPS = 3
+# What --profile calls the work, by a part of the name of a kernel or an operation; the first that fits
+WORK = {
+    "communication": "nccl|gloo|all_?reduce|all_?gather|reduce_?scatter", "attention": "flash|attention|fmha|sdpa",
+    "optimizer": "adam|muon|multi_tensor|foreach|vector_norm", "loss": "softmax|nll|cross_entropy|logsumexp",
+    "matmul": "mm|gemm|nvjet|cutlass|xmma", "data": "memcpy|pin_memory|_to_copy"}
 
 # Dense bf16 (fp16 before Ampere) TFLOP/s with fp32 sums, from the makers' data sheets
 PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
@@ -257,6 +265,8 @@ def configure(argv):
         raise UserError("patience needs a val_interval above 0")
     if "distill_alpha" in asked and not settings["teacher"]:
         raise UserError("distill_alpha is the share of a teacher; name one with --teacher")
+    if not os.path.isdir(os.path.dirname(settings["profile"]) or "."):
+        raise UserError(f"there is no folder for --profile={settings['profile']}")
     if re.fullmatch(r"[1-9]\d*", settings["bench"]):
         settings.update(max_steps=int(settings["bench"]), **{k: 0 for k in settings if k.endswith("_interval")})
         if not os.path.exists(settings["data"]):
@@ -1132,6 +1142,20 @@ def print_bench(times, flops_per_token, peak, world_size, device, facts):
                           mem_gb=round(peak_memory_gb(device), 2), world_size=world_size, **facts)))
 
 
+def write_profile(profiler, seconds):
+    """Writes the trace, and prints each kind of work as a share of the seconds that the steps took"""
+    from torch.autograd import DeviceType
+    profiler.stop()
+    profiler.export_chrome_trace(profile)
+    kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    shares = dict.fromkeys([*WORK, "other"], 0.0)
+    for e in kernels or profiler.events():
+        kind = next((k for k, names in WORK.items() if re.search(names, e.name, re.IGNORECASE)), "other")
+        shares[kind] += (e.time_range.elapsed_us() if kernels else e.self_cpu_time_total) / 1e6 / seconds
+    shares["idle"] = max(0.0, 1 - sum(shares.values()))
+    print(f"{profile}: " + ", ".join(f"{k} {share:.1%}" for k, share in shares.items()), flush=True)
+
+
 def print_summary(run, stopped, problem):
     why = f", no better validation loss in {patience}" if out_of_patience(run) else ""
     cost = f", ${run['usd']:.2f}" if usd_per_gpu_hour else ""
@@ -1267,6 +1291,7 @@ if __name__ == "__main__":
 
     # 5. The loop
     peak, times, stop, saver = peak_tflops(device), [], False, Saver(device)
+    profiler = torch.profiler.profile() if profile and is_main else None
     for step in range(first_step, max_steps + 1):
         run["step"] = step
         is_new = step > first_step or not run["evaluated"]  # differs from the checkpoint resumed from
@@ -1281,6 +1306,8 @@ if __name__ == "__main__":
             break
 
         # forward and backward for every micro-batch
+        if profiler and step == max(first_step, max_steps - PROFILED_STEPS):
+            profiler.start()
         began = time.perf_counter()
         loss = torch.zeros((), device=device)
         target_count = loader.next_target_count(sequences * world_size)
@@ -1335,6 +1362,8 @@ if __name__ == "__main__":
 
     # 6. The summary
     saved = saver.finish(run)
+    if profiler and is_last(run):
+        write_profile(profiler, sum(times[-PROFILED_STEPS:]))
     if is_main and bench:
         print_bench(times, flops_per_token, peak, world_size, device, dict(
             micro_batch=B, dtype=amp_name, compiled="loss" in vars(raw_model), parameters=n_parameters))
