@@ -27,7 +27,7 @@ from dataset import (TOKENIZER_SPEC, UserError, check_spec, check_types, read_js
 GPT2_TOKENS = 50257
 GPT2_PADDED = 50304  # the next multiple of 128: matrix products are faster
 MAX_SIZE = 2**17  # of any number in a shape: a larger one is a mistake or a damaged file
-# Without cuDNN's attention, which is the fastest for a shape it has seen, but plans each new one for 25 ms or more
+# All but cuDNN's attention, which is the fastest once it knows a shape, but spends 25 ms or more on each new one
 ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 CHOICES = {
@@ -232,6 +232,11 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.ln_2(x)), self.cfg.dropout, self.training)
 
 
+def mean_loss(logits, targets):
+    """Over targets (B, T) >= 0, given logits (B, T, vocab)"""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
 class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -286,19 +291,19 @@ class GPT(nn.Module):
         if not with_logits:
             return None, self.loss(x, targets)
         logits = self.logits(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, mean_loss(logits, targets)
 
     def loss(self, x, targets):
-        """Final hidden states, (B, T, C) -> the mean loss over targets (B, T) >= 0"""
-        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        """Final hidden states, (B, T, C) -> the mean loss, without returning logits"""
+        return mean_loss(self.logits(x), targets)
 
     def set_compiled(self, on):
         """
-        Compiles a block and the loss, or goes back. All blocks share one compiled function, which is ready long before
-        the whole model would be, and DDP can send a block's gradients while those of the next are computed.
+        Compiles the blocks and the loss, or undoes that. All blocks share one compiled function, which takes far less
+        time than compiling the whole model, and DDP can send a block's gradients while the next one's are computed.
         """
         for module, name in [(self, "loss"), *((block, "forward") for block in self.transformer.h)]:
-            vars(module).pop(name, None)  # what compiling put in front of the class's own
+            vars(module).pop(name, None)  # back to the method of the class
             if on:
                 setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
 

@@ -723,7 +723,9 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
 def activation_bytes(model, B, amp_dtype):
     """Roughly what a forward pass keeps for the backward pass"""
     cfg, size = model.cfg, torch.finfo(amp_dtype).bits // 8
-    block = cfg.n_embd * (size if grad_checkpoint else 17 * size)
+    # Per token, in units of n_embd: two inputs and outputs of norms, q, k, v, what attention returns, the MLP's 4 + 4,
+    # and one for small things. Checkpointed, a block keeps its input.
+    block = cfg.n_embd * size * (1 if grad_checkpoint else 17)
     logits = cfg.vocab_size * (size + 8)  # and two copies in float32
     return B * block_size * (cfg.n_layer * block + logits)
 
@@ -736,7 +738,7 @@ def try_step(model, teacher_model, device, amp_dtype, B, shares):
     room = [torch.empty(2 * p.numel() // shares + p.numel(), device=device) for p in model.parameters()]
     if device.type == "cuda":
         room.append(torch.empty(2**30, dtype=torch.uint8, device=device))
-    # Three tensors: code that is compiled for one tensor in two places would not be used for two.
+    # Distinct tensors: code compiled for one tensor passed twice is not reused for two.
     batch = [torch.zeros(B, block_size, dtype=torch.long, device=device) for _ in range(3 if doc_mask else 2)]
     with autocast(device, amp_dtype):
         loss_fn(model, teacher_model, *batch).backward()
@@ -867,7 +869,7 @@ def write_checkpoint(ckpt):
         if checkpoint_step(old) != run["best"]["step"] and not run["skipped"]:
             with contextlib.suppress(OSError):
                 os.remove(old)
-    print(f"step {run['step']}/{max_steps} | saved {path}\n", end="", flush=True)  # at once, since this is a thread
+    print(f"step {run['step']}/{max_steps} | saved {path}\n", end="", flush=True)  # one write: this is a thread
     return True
 
 
