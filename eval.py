@@ -345,7 +345,8 @@ def main():
         return
     if a.export:  # always on the CPU, and in float32 unless --dtype says otherwise
         a.device, a.dtype = "cpu", "float32" if a.dtype == "auto" else a.dtype
-    model, enc, known = load(a.ckpt, a.out_dir, a.device, "float32" if a.perplexity else a.dtype)
+    is_scored = a.perplexity and not a.export
+    model, enc, known = load(a.ckpt, a.out_dir, a.device, "float32" if is_scored else a.dtype)
     template = known.get("template")
     if a.export:
         export(model, enc, known["tokenizer"], a.export, template)

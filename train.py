@@ -738,8 +738,7 @@ def try_step(model, teacher_model, device, amp_dtype, B, shares):
     room = [torch.empty(2 * p.numel() // shares + p.numel(), device=device) for p in model.parameters()]
     if device.type == "cuda":
         room.append(torch.empty(2**30, dtype=torch.uint8, device=device))
-    # Distinct tensors: code compiled for one tensor passed twice is not reused for two.
-    batch = [torch.zeros(B, block_size, dtype=torch.long, device=device) for _ in range(3 if doc_mask else 2)]
+    batch = [torch.zeros(B, block_size, dtype=torch.long, device=device)] * (3 if doc_mask else 2)
     with autocast(device, amp_dtype):
         loss_fn(model, teacher_model, *batch).backward()
         if val_interval and shares == 1:
