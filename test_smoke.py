@@ -1994,6 +1994,79 @@ def test_hellaswag_is_scored_while_training_unless_it_cannot_be_had(workspace, t
     assert len(losses(tmp_path / "o")) == 3
 
 
+def muon_steps(make_optimizer, grads):
+    """grads (steps, n, rows, columns) -> what these steps make of n matrices of ones"""
+    params = [torch.nn.Parameter(torch.ones(grads.shape[2:])) for _ in grads[0]]
+    o = make_optimizer(params)
+    for step in grads:
+        for p, grad in zip(params, step):
+            p.grad = grad.clone()
+        o.step()
+    return torch.stack([p.detach() for p in params])
+
+
+def our_muon(parts, dtype):
+    return lambda params: train.Muon([dict(params=params, parts=parts)], lr=0.02, weight_decay=0.1, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
+def test_muon_takes_the_steps_of_torchs_muon(shape):
+    def torchs(params):
+        return torch.optim.Muon(params, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+
+    grads = torch.randn(3, 2, *shape, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (muon_steps(o, grads) - 1 for o in (our_muon(1, torch.bfloat16), torchs))
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()  # both round to bfloat16, in another order
+
+
+def test_muon_treats_q_k_and_v_as_three_matrices():
+    grads = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    apart = muon_steps(our_muon(1, torch.float32), grads)
+    joined = muon_steps(our_muon(3, torch.float32), grads.flatten(1, 2)[:, None])
+    assert torch.allclose(joined[0], apart.flatten(0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 96), (2, 96, 24)])
+def test_orthogonalize_maps_each_singular_value_by_five_quintics(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert torch.allclose(train.orthogonalize(x), u @ s.diag_embed() @ v)
+    assert 0.6 < s.min() and s.max() < 1.3
+
+
+def test_two_processes_with_muon_give_the_losses_of_one(workspace, tmp_path):
+    options = [*NO_DROPOUT, "--optimizer=muon", "--n_layer=3"]  # 9 matrices q, k, v: one process has 5, the other 4
+    run_ok(here("train.py"), *options, f"--out_dir={tmp_path}/one", cwd=workspace)
+    torchrun(2, *options, f"--out_dir={tmp_path}/two", cwd=workspace)
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+
+
+def test_with_max_minutes_the_schedule_follows_the_clock(monkeypatch):
+    set_globals(monkeypatch, max_minutes=2, max_steps=0)
+    run = dict(train.new_run(), step=10, seconds=60.0)
+    assert train.steps_in_time(run, [9.0, 0.5, 0.5], "cpu") == 10 + 60 / 0.5
+    assert train.steps_in_time(run, [], "cpu") == 20  # resumed: as fast as until now
+    assert train.steps_in_time(dict(run, seconds=120.1), [0.5], "cpu") == 10
+    assert train.steps_in_time(dict(run, step=0, seconds=0.0), [], "cpu") == train.UNKNOWN_STEPS
+
+
+def test_a_run_of_max_minutes_ends_with_its_schedule_and_a_line_of_json(workspace, tmp_path):
+    options = [o for o in FAST if "max_steps" not in o]
+    options += ["--max_lr=1e-3", "--min_lr=0", "--warmup_steps=2", "--max_minutes=0.05", f"--out_dir={tmp_path}"]
+    r = run_ok(here("train.py"), *options, cwd=workspace)
+    last = json.loads(r.stdout.splitlines()[-1])
+    rates = [float(re.search(r"lr=(\S+)", line)[1]) for line in (tmp_path / "log.txt").read_text().splitlines()
+             if " train " in line]
+    assert last["step"] == len(rates) > 5 and rates[-1] < 0.2e-3 and max(rates) == 1e-3
+    assert last["val_loss"] == pytest.approx(losses(tmp_path, "val")[-1], abs=1e-4) and last["tokens"] > 0
+    again = run_ok(here("train.py"), *options, "--resume", "--max_minutes=0.06", cwd=workspace)
+    assert json.loads(again.stdout.splitlines()[-1])["step"] > last["step"]
+
+
 def test_muon_trains_and_resumes_exactly(workspace, tmp_path):
     command = [here("train.py"), *FAST, "--optimizer=muon", "--max_steps=6"]
     run_ok(*command, f"--out_dir={tmp_path}/whole", cwd=workspace)

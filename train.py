@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import gc
 import inspect
+import itertools
 import json
 import math
 import os
@@ -63,6 +64,7 @@ total_batch_size = 524_288  # tokens per step, over all processes
 micro_batch = 0  # sequences per forward pass; 0: as many as fit
 max_steps = 19_073  # 0: as many as `epochs` need
 epochs = 0.0  # passes over the training data
+max_minutes = 0.0  # train for this long instead, with a schedule that follows the clock; evaluation is not counted
 stride = 0  # tokens from one window to the next; 0: block_size
 doc_mask = False  # documents, or pairs, that share a row cannot attend to each other, and each starts at position 0
 teacher = ""  # also learn from the predictions of this model, named as in init_from
@@ -126,6 +128,8 @@ NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "bench", 
                "teacher")
 MAY_CHANGE = ("dropout", "attention")  # the fields of GPTConfig that may differ from those of a checkpoint
 RECENT = 128  # steps that a spike is measured against
+MOMENTUM_WARMUP = 300  # steps
+UNKNOWN_STEPS = 2**40
 MAX_SKIPPED = 20  # steps in a row that may be skipped
 RNG = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who keeps the random state of each kind of device
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # save and exit; USR1 is Slurm's early warning
@@ -258,9 +262,14 @@ def configure(argv):
     ckpt = None if asked.get("bench") else find_resume({**SETTINGS, **asked})
     settings = dict(SETTINGS)
     for layer in (resumed_settings(parser, ckpt, asked) if ckpt else RECIPES[name], file, command):
-        if "epochs" in layer and "max_steps" not in layer:
-            settings["max_steps"] = 0  # epochs replace the max_steps of an earlier layer
+        # What a layer says about the length of the run replaces what earlier layers say.
+        if layer.get("max_minutes") or "epochs" in layer and "max_steps" not in layer:
+            settings["max_steps"] = 0
+        if "max_steps" in layer or "epochs" in layer:
+            settings["max_minutes"] = 0.0
         settings.update(layer)
+    if asked.get("max_minutes") and ("max_steps" in asked or "epochs" in asked or asked.get("profile")):
+        raise UserError("max_minutes cannot be combined with max_steps, epochs or profile")
     if asked.get("patience") and not settings["val_interval"]:
         raise UserError("patience needs a val_interval above 0")
     if "distill_alpha" in asked and not settings["teacher"]:
@@ -268,7 +277,7 @@ def configure(argv):
     if not os.path.isdir(os.path.dirname(settings["profile"]) or "."):
         raise UserError(f"there is no folder for --profile={settings['profile']}")
     if re.fullmatch(r"[1-9]\d*", settings["bench"]):
-        settings.update(max_steps=int(settings["bench"]), **{k: 0 for k in settings if k.endswith("_interval")})
+        settings.update(max_steps=int(settings["bench"]), max_minutes=0.0, **{k: 0 for k in settings if k.endswith("_interval")})
         if not os.path.exists(settings["data"]):
             settings["data"] = "input.txt"  # real batches, whatever is at hand
     elif settings["bench"] not in ("", "ladder"):
@@ -345,6 +354,11 @@ def get_lr(step):
     return min_lr + left * (max_lr - min_lr)
 
 
+def get_momentum(step):
+    """Of Muon: a shorter memory while the gradients still change fast"""
+    return 0.85 + 0.10 * min(1.0, step / MOMENTUM_WARMUP)
+
+
 def divide_batch(world_size):
     """-> how many sequences each process takes per step. The user states tokens; the rest follows."""
     unit = block_size * world_size
@@ -365,10 +379,28 @@ def divisors(n):
 
 
 def count_steps(n_rows, sequences, step=0, position=0):
-    """max_steps, or as many as `epochs` need: after this step, which has taken `position` rows, if resumed"""
+    """
+    max_steps, or as many as `epochs` need: after this step, which has taken `position` rows, if resumed. 0, unknown
+    as yet, with max_minutes.
+    """
+    if max_minutes:
+        return 0
     if not max_steps and not epochs:
         raise UserError("max_steps and epochs are both 0; set one")
     return max_steps or step + max(0, math.ceil((epochs * n_rows - position) / sequences))
+
+
+def steps_in_time(run, times, device):
+    """With max_minutes, how many steps the run will have, as far as can be said now; the same on all processes"""
+    if not times and not run["step"]:
+        return UNKNOWN_STEPS
+    seconds = statistics.median(times[-20:]) if times else max(run["seconds"] / run["step"], 1e-9)
+    [left, processes] = all_sum(device, (60 * max_minutes - run["seconds"]) / seconds, 1)
+    return run["step"] + max(0, int(left / processes))
+
+
+def step_label(step):
+    return f"step {step}/{'?' if max_steps == UNKNOWN_STEPS else max_steps}"
 
 
 def skip_reason(loss, norm, recent):
@@ -626,25 +658,80 @@ def distill(loss, logits, teacher_logits, targets):
     return (1 - distill_alpha) * loss + distill_alpha * distill_temperature**2 * divergence
 
 
-def muon_parameters(model):
-    """With optimizer=muon, the matrices of the blocks"""
-    return [p for p in model.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
+def muon_groups(model):
+    """With optimizer=muon, the matrices of the blocks, grouped by shape. c_attn is three in one: for q, k and v."""
+    groups = []
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        matrices = [block.get_submodule(name).weight for block in model.transformer.h]
+        groups.append(dict(params=matrices, parts=3 if name == "attn.c_attn" else 1))
+    return groups if optimizer == "muon" else []
 
 
 def make_optimizers(model, device):
     """Matrices and embeddings are decayed; biases and norms are not."""
-    muon = muon_parameters(model)
-    taken = {id(p) for p in muon}
+    groups = muon_groups(model)
+    taken = {id(p) for group in groups for p in group["params"]}
+    muon_dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
+    muon = [Muon(groups, max_lr, weight_decay, muon_dtype)] if groups else []
     decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in taken]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     fused = device.type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW(groups, lr=max_lr, betas=(beta1, beta2), eps=eps, fused=fused)]
-    if muon:
-        # Scaled so that AdamW's learning rate suits both (Liu et al., 2025, "Muon is scalable").
-        optimizers.insert(0, torch.optim.Muon(
-            muon, lr=max_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    return [*muon, torch.optim.AdamW(groups, lr=max_lr, betas=(beta1, beta2), eps=eps, fused=fused)]
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose steps are made orthogonal, so that a matrix learns equally fast in all directions (Jordan et al.,
+    2024), and scaled so that AdamW's learning rate suits both (Liu et al., 2025). Takes the steps of torch.optim.Muon,
+    but treats q, k and v as three matrices, multiplies all matrices of a shape at once, in float32 where that is
+    faster, and divides the work among the processes.
+    """
+
+    def __init__(self, groups, lr, weight_decay, dtype):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, momentum = group["params"], group["momentum"]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            updates = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's.  (n, rows, columns)
+            matrices = updates.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (n * parts, rows / parts, columns)
+            scale = 0.2 * math.sqrt(max(matrices.shape[1:]))  # AdamW's steps have a root mean square of about 0.2
+            steps = orthogonalize_together(matrices.to(self.dtype)).view_as(updates).to(updates.dtype)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, steps.unbind(), alpha=-group["lr"] * scale)
+
+
+def orthogonalize(x):
+    """Matrices (n, rows, columns), rescaled so that all singular values are near 1, by five Newton-Schulz steps"""
+    if x.size(1) > x.size(2):
+        return orthogonalize(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+def orthogonalize_together(x):
+    """orthogonalize(x), of which every process computes a part"""
+    if not dist.is_initialized():
+        return orthogonalize(x)
+    n = math.ceil(len(x) / dist.get_world_size())
+    part = x.new_zeros(n, *x.shape[1:])
+    mine = x[dist.get_rank() * n:][:n]
+    if len(mine):  # the last processes may have less to do, or nothing
+        part[:len(mine)] = orthogonalize(mine)
+    whole = x.new_empty(dist.get_world_size() * n, *x.shape[1:])
+    dist.all_gather_into_tensor(whole, part)
+    return whole[:len(x)]
 
 
 # -- sharding: ZeRO-2 (Rajbhandari et al., 2019) by torch's fully_shard
@@ -868,14 +955,14 @@ def write_checkpoint(ckpt):
         if checkpoint_step(old) != run["best"]["step"] and not run["skipped"]:
             with contextlib.suppress(OSError):
                 os.remove(old)
-    print(f"step {run['step']}/{max_steps} | saved {path}\n", end="", flush=True)  # one write: this is a thread
+    print(f"{step_label(run['step'])} | saved {path}\n", end="", flush=True)  # one write: this is a thread
     return True
 
 
 def restore(ckpt, optimizers, scaler, loader, device, rank):
     """Puts a run back where its checkpoint was saved.  -> run"""
     run = ckpt["run"]
-    if run["step"] > max_steps:
+    if run["step"] > max_steps and not max_minutes:
         raise UserError(f"{ckpt['path']} is at step {run['step']}, past max_steps={max_steps}; raise max_steps")
     with dataset.reading(ckpt["path"], "a checkpoint of train.py"):
         loader.load_state_dict(ckpt["loader"])
@@ -926,7 +1013,7 @@ class Log:
             self.write(f"{step} {stream} {value:.6f} " + " ".join(f"{k}={v}" for k, v in fields.items()))
         except OSError as e:
             print(f"cannot write {self.path}: {e.strerror}", file=sys.stderr, flush=True)
-        print(f"step {step}/{max_steps} | {line}", flush=True)
+        print(f"{step_label(step)} | {line}", flush=True)
         if self.wandb:
             fields = {f"{stream}/{k}": float(v) for k, v in fields.items() if v != "n/a"}
             self.wandb.log({"step": step, stream: value, **fields})
@@ -983,7 +1070,11 @@ def describe(model, world_size, sequences, n_rows, device_name):
           f"sequences x {block_size} tokens")
     passes = f" = {max_steps * sequences * world_size / n_rows:.2f} epochs" if n_rows else ""
     length = f"{max_steps:,} steps = {tokens:,} tokens{passes}, {model.flops_per_token() * tokens:.2e} FLOPs"
-    print(f"run: {length if max_steps else f'{epochs:g} epochs; the steps are known once the data is prepared'}")
+    if not max_steps:
+        length = f"{epochs:g} epochs; the steps are known once the data is prepared"
+    if max_minutes:
+        length = f"{max_minutes:g} minutes of training"
+    print(f"run: {length}")
     print(f"device: {device_name}", flush=True)
 
 
@@ -1004,7 +1095,7 @@ def print_plan(world_size, sequences, model, spec):
     describe(model, world_size, sequences, n_rows, "none (dry run)")
     # All in float32. AdamW has two moments, Muon one; zero2 shards all but the weights of the step.
     n = model.param_counts()["total"]
-    n_muon = sum(p.numel() for p in muon_parameters(model))
+    n_muon = sum(p.numel() for group in muon_groups(model) for p in group["params"])
     floats = 4 * n - n_muon if parallel == "ddp" or world_size == 1 else n + 4 * n / world_size
     print(f"memory: {4 * floats / 2**30:.2f} GiB per process, plus activations")
     for gpu in ("RTX 4090", "A100", "H100") if max_steps else ():
@@ -1167,6 +1258,9 @@ def print_summary(run, stopped, problem):
     if patience and run["best"]["step"] >= 0:
         print(f"best: step {run['best']['step']}, validation loss {run['best']['loss']:.4f}: "
               f"{checkpoint_path(run['best']['step'])}")
+    last = run["last_val"] if run["last_val"]["step"] >= 0 else dict(loss=None, bpb=None)
+    print(json.dumps(dict(recipe=recipe, step=run["step"], tokens=run["tokens"], seconds=round(run["seconds"], 1),
+                          val_loss=last["loss"], bpb=last["bpb"])))
 
 
 # -- the run, from top to bottom
@@ -1293,8 +1387,10 @@ if __name__ == "__main__":
     # 5. The loop
     peak, times, stop, saver = peak_tflops(device), [], False, Saver(device)
     profiler = torch.profiler.profile() if profile and is_main else None
-    for step in range(first_step, max_steps + 1):
+    for step in itertools.count(first_step):
         run["step"] = step
+        if max_minutes:
+            max_steps = steps_in_time(run, times, device)
         is_new = step > first_step or not run["evaluated"]  # differs from the checkpoint resumed from
         if not run["evaluated"] and not stop:
             with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
@@ -1332,7 +1428,7 @@ if __name__ == "__main__":
         for o in optimizers:
             scaler.unscale_(o)
             for group in o.param_groups:
-                group["lr"] = lr
+                group.update(lr=lr, momentum=get_momentum(step))  # the momentum is Muon's
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         norm = (norm.full_tensor() if sharded else norm).item()  # the same on all processes
         own_loss = loss.item() / world_size
