@@ -126,6 +126,22 @@ def start_script():
     sys.stdin = sys.stdin or open(os.devnull)
 
 
+# Our options: what other trainers call them
+ALIASES = {
+    "max_lr": "lr learning_rate", "weight_decay": "wd", "dtype": "precision", "dropout": "drop_rate",
+    "warmup_steps": "warmup warmup_iters", "max_steps": "max_iters iters num_steps", "epochs": "num_epochs",
+    "total_batch_size": "batch batch_size per_device_train_batch_size gradient_accumulation_steps",
+    "block_size": "context_length n_positions n_ctx seq_len sequence_length", "n_embd": "emb_dim d_model hidden_size",
+    "n_layer": "n_layers num_layers depth", "n_head": "n_heads num_heads", "grad_clip": "max_grad_norm clip_grad",
+    "grad_checkpoint": "gradient_checkpointing", "val_interval": "eval_interval", "ckpt_interval": "save_interval",
+    "data": "dataset data_dir", "init_from": "model pretrained", "ckpt": "model checkpoint", "prompt": "start",
+    "temperature": "greedy temp", "max_new_tokens": "num_tokens length", "source": "dataset data input",
+    "out": "output output_dir out_dir",
+}
+UNITS = {"total_batch_size": ", in tokens: sequences x block_size", "temperature": "; 0 is greedy"}
+DTYPES = {"float32": "32 fp32 32-true", "float16": "16 fp16 16-mixed", "bfloat16": "bf16 bf16-mixed"}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, ~ for the home folder, a suggestion for a misspelt option, the docstring as is."""
 
@@ -139,7 +155,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            message = f"there is no option {unknown[1]}" + suggest(unknown[1], self._option_string_actions)
+            name, options = unknown[1], self._option_string_actions
+            ours = [k for k in ALIASES if f"--{k}" in options and name.lstrip("-") in ALIASES[k].split()]
+            hint = f"; here it is --{ours[0]}{UNITS.get(ours[0], '')}" if ours else suggest(name, options)
+            message = f"there is no option {name}{hint}"
         raise UserError(message)
 
 
@@ -150,12 +169,19 @@ def suggest(name, names):
 
 
 def integer(text):
-    """For argparse: 100_000 or 1e8 -> int"""
+    """For argparse: 100_000, 1e8 or 512*1024 -> int"""
+    if re.fullmatch(r"\d{1,9}(\*\d{1,9}){1,3}", text):
+        return math.prod(map(int, text.split("*")))
     with contextlib.suppress(ValueError):
         number = float(text)
         if number.is_integer():  # false for inf and nan
             return int(number) if "e" in text.lower() or "." in text else int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+
+
+def dtype_name(text):
+    """For argparse: bf16-mixed -> bfloat16"""
+    return next((name for name, aliases in DTYPES.items() if text in aliases.split()), text)
 
 
 def write_atomically(path, write):

@@ -20,7 +20,8 @@ import math
 import torch
 from torch import nn
 
-from dataset import Parser, UserError, encode_text, get_tokenizer, positive, progress_bar, read_lines, start_script
+from dataset import (Parser, UserError, dtype_name, encode_text, get_tokenizer, positive, progress_bar, read_lines,
+                     start_script)
 from model import autocast, isolate_documents, open_model, pick_dtype
 
 MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
@@ -232,7 +233,7 @@ def add_model_options(p):
                    "the newest checkpoint of --out_dir)")
     p.add_argument("--out_dir", default=".", help="a run's folder (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: %(default)s)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+    p.add_argument("--dtype", default="auto", type=dtype_name, choices=("auto", "float32", "bfloat16", "float16"),
                    help="(default: %(default)s)")
 
 

@@ -3420,6 +3420,48 @@ T, D, E = ["train.py", *FAST], ["dataset.py"], ["eval.py", "--out_dir=runs/fp32"
 TXT, NEW = ["dataset.py", "--source=t.txt"], ["--tokenizer=byte", "--out=data/new"]
 SYNTH = ["dataset.py", "--source=synth", "--prompts=t.txt", "--model=m", "--endpoint=http://localhost:1/v1"]
 RESUMED = ["train.py", "--resume", "--out_dir=runs/fp32"]
+HABITS = {  # what users of other trainers type, and what the answer names
+    "train.py": {
+        "lr=1e-3": "max_lr", "learning_rate=1e-3": "max_lr", "wd=0.1": "weight_decay", "precision=16": "dtype",
+        "batch_size=8": "total_batch_size, in tokens: sequences x block_size", "context_length=512": "block_size",
+        "n_positions=512": "block_size", "emb_dim=768": "n_embd", "d_model=768": "n_embd", "n_layers=2": "n_layer",
+        "num_heads=4": "n_head", "drop_rate=0": "dropout", "num_epochs=3": "epochs", "max_iters=10": "max_steps",
+        "warmup_iters=10": "warmup_steps", "eval_interval=5": "val_interval", "model=gpt2": "init_from",
+        "dataset=text.txt": "data", "max_grad_norm=1": "grad_clip", "gradient_checkpointing": "grad_checkpoint"},
+    "eval.py": {"greedy": "temperature; 0 is greedy", "model=gpt2": "ckpt", "start=Once": "prompt",
+                "num_tokens=3": "max_new_tokens"},
+    "dataset.py": {"dataset=text.txt": "source", "output_dir=o": "out"},
+}
+
+
+@pytest.mark.parametrize("name, habit, answer", [(n, k, v) for n, table in HABITS.items() for k, v in table.items()])
+def test_another_trainers_name_of_an_option_is_answered_with_ours(monkeypatch, name, habit, answer):
+    monkeypatch.setattr(sys, "argv", [name, f"--{habit}"])
+    parse = {"train.py": lambda: train.configure(sys.argv[1:]), "eval.py": eval_script.main, "dataset.py": dataset.main}
+    with pytest.raises(UserError, match=f"^there is no option --{habit.split('=')[0]}; here it is --{answer}$"):
+        parse[name]()
+
+
+def test_batches_may_be_products_and_precisions_those_of_lightning():
+    settings = train.parse(train.make_parser(), [
+        "--total_batch_size=512*512", "--dtype=bf16-mixed", "--recipe=GPT2", "--max_steps=1e3"])
+    assert settings == dict(total_batch_size=2**18, dtype="bfloat16", recipe="gpt2", max_steps=1000)
+    for text in ("512*", "2*-3", "2*1.5"):
+        with pytest.raises(UserError, match="not a whole number"):
+            train.parse(train.make_parser(), [f"--max_steps={text}"])
+
+
+@pytest.mark.parametrize("name, text", [
+    ("c.json", '{"max_lr": 6e-4, "model": {"n_layer": 2, "deep": {"bias": false}}}'),
+    ("c.yaml", "max_lr: 6e-4\nmodel:\n  n_layer: 2\n  deep:\n    bias: false\n")])
+def test_a_config_is_json_or_yaml_with_or_without_sections(tmp_path, name, text):
+    if name.endswith("yaml"):
+        pytest.importorskip("yaml")
+    (tmp_path / name).write_text(text)
+    settings = train.configure([f"--config={tmp_path / name}"])[0]
+    assert (settings["max_lr"], settings["n_layer"], settings["bias"]) == (6e-4, 2, False)
+
+
 MISTAKES = {
     "an unknown option": ([*T, "--max_step=3"], "there is no option --max_step; did you mean --max_steps?"),
     "a misspelt recipe": (["train.py", "--recipe=tinny"], "did you mean tiny?"),

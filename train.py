@@ -7,7 +7,7 @@ Trains a GPT, with the same code on a CPU, a GPU, an Apple GPU, or many GPUs und
     python train.py --recipe=tiny --resume               # continue from the newest checkpoint, exactly
     python train.py --recipe=sft --init_from=gpt2 --data=pairs.jsonl    # fine-tune on prompts and responses
 
-Every hyperparameter below is an option, --name=value. A recipe sets several of them, --config=FILE.json overrides the
+Every hyperparameter below is an option, --name=value. A recipe sets several of them, --config=FILE overrides the
 recipe, and the command line wins.
 """
 import signal
@@ -52,7 +52,7 @@ from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_S
 # -- hyperparameters: each is an option of the command line
 
 recipe = "gpt2"  # a row of RECIPES
-config = ""  # a JSON file of hyperparameters
+config = ""  # a JSON or YAML file of hyperparameters
 data = "data/fineweb-edu"  # a folder that dataset.py wrote, or a file: text, .jsonl or .parquet, tokenized on first use
 tokenizer = "gpt2"  # for a file in data: gpt2, byte, bpe:N, a folder of prepared data, or model (that of init_from)
 out_dir = "."  # log.txt and checkpoints/ go here
@@ -215,9 +215,11 @@ def make_parser():
     parser = dataset.Parser(
         prog="train.py", description=f"{__doc__}\nrecipes: {', '.join(RECIPES)}", argument_default=argparse.SUPPRESS)
     convert = {bool: boolean, int: dataset.integer, float: number, str: str}
+    convert_by_name = {"recipe": str.lower, "dtype": dataset.dtype_name}
     without_value = {"resume": "newest", "compile": "true"}
     for name, default in SETTINGS.items():
-        options = dict(type=convert[type(default)], choices=ALLOWED.get(name), metavar=type(default).__name__.upper())
+        options = dict(type=convert_by_name.get(name, convert[type(default)]), choices=ALLOWED.get(name),
+                       metavar=type(default).__name__.upper())
         if isinstance(default, bool) or name in without_value:
             options.update(nargs="?", const=without_value.get(name, True))
         comment = comments.get(name, "").replace("%", "%%")
@@ -248,13 +250,31 @@ def parse_values(parser, values, source):
         raise UserError(f"{source}: {e}") from None
 
 
+def read_config(path):
+    """A JSON or YAML file -> the hyperparameters in it, also those in sections"""
+    with dataset.reading(path, 'one JSON object, {"max_lr": 1e-3, ...}, or the same in YAML'):
+        if not path.endswith((".yaml", ".yml")):
+            values = dataset.read_json(path)
+        else:
+            try:
+                import yaml
+            except ImportError:
+                raise UserError(f"{path} needs a package: pip install pyyaml") from None
+            with open(path, encoding="utf-8") as f:
+                values = yaml.safe_load(f)
+        while sections := [v for v in values.values() if isinstance(v, dict)]:
+            values = {k: v for k, v in values.items() if not isinstance(v, dict)}
+            for section in sections:
+                values.update(section)
+    return values
+
+
 def configure(argv):
     """-> all settings, those the user chose, and the checkpoint to resume from, if any"""
     parser = make_parser()
     command, file = parse(parser, argv), {}
     if path := command.get("config"):
-        with dataset.reading(path, 'one JSON object, {"max_lr": 1e-3, ...}'):
-            file = parse_values(parser, dataset.read_json(path), f"config {path}")
+        file = parse_values(parser, read_config(path), f"config {path}")
     asked = {**file, **command}
     name = asked.get("recipe", recipe)
     if name not in RECIPES:
@@ -277,7 +297,8 @@ def configure(argv):
     if not os.path.isdir(os.path.dirname(settings["profile"]) or "."):
         raise UserError(f"there is no folder for --profile={settings['profile']}")
     if re.fullmatch(r"[1-9]\d*", settings["bench"]):
-        settings.update(max_steps=int(settings["bench"]), max_minutes=0.0, **{k: 0 for k in settings if k.endswith("_interval")})
+        settings.update({k: 0 for k in settings if k.endswith("_interval")})
+        settings.update(max_steps=int(settings["bench"]), max_minutes=0.0)
         if not os.path.exists(settings["data"]):
             settings["data"] = "input.txt"  # real batches, whatever is at hand
     elif settings["bench"] not in ("", "ladder"):
