@@ -2026,6 +2026,19 @@ def test_muon_treats_q_k_and_v_as_three_matrices():
     assert torch.allclose(joined[0], apart.flatten(0, 1), atol=1e-6)
 
 
+def test_muons_rate_follows_the_schedule_of_max_lr_and_its_momentum_warms_up(monkeypatch):
+    set_globals(monkeypatch, optimizer="muon", max_lr=4e-3, muon_lr=2e-2, min_lr=0.0, warmup_steps=10, max_steps=1000,
+                schedule="wsd", cooldown=0.5)
+    muon, adamw = optimizers = train.make_optimizers(GPT(small()), torch.device("cpu"))
+    rates = {step: train.set_rates(optimizers, step) for step in (4, 150, 300, 750)}
+    assert rates == pytest.approx({4: 2e-3, 150: 4e-3, 300: 4e-3, 750: 2e-3})
+    assert {group["lr"] for group in adamw.param_groups} == {rates[750]}
+    assert [group["lr"] for group in muon.param_groups] == pytest.approx([1e-2] * 4)
+    assert {group["momentum"] for group in muon.param_groups} == {0.95}
+    train.set_rates(optimizers, 150)
+    assert [group["momentum"] for group in muon.param_groups] == pytest.approx([0.9] * 4)
+
+
 @pytest.mark.parametrize("shape", [(2, 24, 96), (2, 96, 24)])
 def test_orthogonalize_maps_each_singular_value_by_five_quintics(shape):
     torch.manual_seed(0)

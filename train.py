@@ -72,6 +72,7 @@ distill_alpha = 0.5  # the teacher's share of the loss
 distill_temperature = 1.0  # flattens both distributions before they are compared
 optimizer = "adamw"  # adamw | muon (Muon for the matrices of the blocks, AdamW for the rest)
 max_lr = 6e-4  # after the warm-up
+muon_lr = 0.0  # of Muon's matrices, on the same schedule; 0: max_lr
 min_lr = 6e-5  # at the end
 warmup_steps = 715  # of linear warm-up
 schedule = "cosine"  # cosine | wsd (warm-up, constant, linear decay)
@@ -373,11 +374,6 @@ def get_lr(step):
         return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
     left = min(1.0, (max_steps - step) / max(1, round(cooldown * max_steps)))
     return min_lr + left * (max_lr - min_lr)
-
-
-def get_momentum(step):
-    """Of Muon: a shorter memory while the gradients still change fast"""
-    return 0.85 + 0.10 * min(1.0, step / MOMENTUM_WARMUP)
 
 
 def divide_batch(world_size):
@@ -693,12 +689,25 @@ def make_optimizers(model, device):
     groups = muon_groups(model)
     taken = {id(p) for group in groups for p in group["params"]}
     muon_dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
-    muon = [Muon(groups, max_lr, weight_decay, muon_dtype)] if groups else []
+    muon = [Muon(groups, muon_lr or max_lr, weight_decay, muon_dtype)] if groups else []
     decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in taken]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     fused = device.type in ("cuda", "cpu")
     return [*muon, torch.optim.AdamW(groups, lr=max_lr, betas=(beta1, beta2), eps=eps, fused=fused)]
+
+
+def set_rates(optimizers, step):
+    """Sets the learning rates of this step, and Muon's momentum, shorter at first.  -> the rate of AdamW"""
+    lr = get_lr(step)
+    for o in optimizers:
+        for group in o.param_groups:
+            group["lr"] = lr
+            if isinstance(o, Muon):
+                group["momentum"] = 0.85 + 0.10 * min(1.0, step / MOMENTUM_WARMUP)
+                if muon_lr:
+                    group["lr"] = lr * muon_lr / (max_lr or 1)
+    return lr
 
 
 class Muon(torch.optim.Optimizer):
@@ -1445,11 +1454,9 @@ if __name__ == "__main__":
             scaler.scale(part).backward()
 
         # one update, unless the step is to be skipped
-        lr = get_lr(step)
+        lr = set_rates(optimizers, step)
         for o in optimizers:
             scaler.unscale_(o)
-            for group in o.param_groups:
-                group.update(lr=lr, momentum=get_momentum(step))  # the momentum is Muon's
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         norm = (norm.full_tensor() if sharded else norm).item()  # the same on all processes
         own_loss = loss.item() / world_size
