@@ -144,11 +144,13 @@ RECIPES = {
         **CONFIGS["custom-gpt"], data="data/custom-gpt", tokenizer="bpe:50000", total_batch_size=64 * 512, epochs=3,
         max_lr=1e-4, min_lr=0.0, warmup_steps=1000, dtype="float16", parallel="zero2", val_interval=1000,
         val_tokens=1_000_000, sample_interval=5000, hella_interval=5000, log_interval=10),
-    # At this size a modern architecture learns far faster than GPT-2's.
+    # At this size a modern architecture learns far faster than GPT-2's. AdamW's second moment should average over about
+    # as many tokens as with large batches (Marek et al., 2025), so beta2 is close to 1.
     "tiny": dict(
-        **CONFIGS["tiny"], data="input.txt", tokenizer="bpe:4096", total_batch_size=4 * 256, max_steps=1100,
-        max_lr=4e-3, min_lr=0.0, warmup_steps=50, val_interval=110, ckpt_interval=220, sample_interval=550,
-        sample_prompt="Once", hella_interval=0, log_interval=10),
+        **CONFIGS["tiny"], data="input.txt", tokenizer="bpe:4096", total_batch_size=4 * 256, max_steps=1000,
+        optimizer="muon", muon_lr=0.02, max_lr=4e-3, min_lr=0.0, beta2=0.999, warmup_steps=50, schedule="wsd",
+        cooldown=0.8, val_interval=100, ckpt_interval=200, sample_interval=500, sample_prompt="Once", hella_interval=0,
+        log_interval=10),
     # Fine-tunes --init_from on the pairs in --data.
     "sft": dict(
         data="pairs.jsonl", total_batch_size=16 * 1024, epochs=3, max_lr=1e-4, min_lr=0.0, warmup_steps=20,
