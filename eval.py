@@ -184,11 +184,11 @@ def read_tokens(path, enc, split, limit=None):
     return tokens
 
 
-def strided_batches(tokens, T, stride, device, batch_tokens=4096):
+def strided_batches(tokens, T, stride, device, eot=None, batch_tokens=4096):
     """
     Yields batches x, y (B, T) in which every token except the first is a target exactly once. The first window has T
     targets. Each later one starts `stride` tokens on, and only its new tokens are targets, each with at least
-    T - stride tokens of context.
+    T - stride tokens of context. With eot, the token that begins a document, also the document of each token of x.
     """
     n = len(tokens) - 1
     length = min(T, n)
@@ -201,12 +201,16 @@ def strided_batches(tokens, T, stride, device, batch_tokens=4096):
             x, y = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:].copy())  # masking y must not change x
             for row, (first, end) in enumerate(zip(firsts[i:i + B], ends[i:i + B])):
                 y[row, :length - (end - first)] = -1  # scored before
-            yield x.to(device), y.to(device)
+            documents = [] if eot is None else [(x == eot).cumsum(dim=1)]
+            yield [t.to(device) for t in (x, y, *documents)]
             bar.update(ends[min(i + B, len(ends)) - 1] - firsts[i])
 
 
-def measure(model, enc, path, split="val", stride=None, limit=None):
-    """-> loss, bits per byte and number of targets on a text or on pairs, and how they were measured"""
+def measure(model, enc, path, split="val", stride=None, limit=None, doc_mask=False):
+    """
+    -> loss, bits per byte and number of targets on a text or on pairs, and how they were measured. A model that was
+    trained with doc_mask has never seen several documents at once, and must not here.
+    """
     T, device = model.cfg.block_size, model.lm_head.weight.device
     stride = stride or max(1, T // 2)
     if stride > T:
@@ -220,10 +224,16 @@ def measure(model, enc, path, split="val", stride=None, limit=None):
         tokens = read_tokens(path, enc, split, limit)
         if len(tokens) < 2:
             raise UserError(f"{path} has {len(tokens)} tokens; there is nothing to predict")
-        batches, how = strided_batches(tokens, T, stride, device), f"windows of {T} overlap by {T - stride}"
+        batches = strided_batches(tokens, T, stride, device, enc.eot_token if doc_mask else None)
+        how = f"windows of {T} overlap by {T - stride}" + ("; each document on its own" if doc_mask else "")
     byte_lengths = torch.tensor(dataset.token_lengths(enc), device=device)
     nats, n, n_bytes = hellaswag.sum_losses(model, batches, byte_lengths)
     return dict(loss=nats / n, bpb=hellaswag.bits_per_byte(nats, n_bytes), tokens=n, how=how)
+
+
+def has_doc_mask(known):
+    settings = known.get("train_config")
+    return isinstance(settings, dict) and settings.get("doc_mask") is True
 
 
 def tokens_per_second(model, n=64):
@@ -253,7 +263,9 @@ def compare(names, text, split, stride, data, limit, device, dtype):
         model, enc, known = load(name, ".", device, "float32")
         run = known.get("run", {})
         with hellaswag.precision(model, dtype):
-            result = measure(model, enc, text, split, stride) if text else run.get("last_val", {})
+            result = run.get("last_val", {})
+            if text:
+                result = measure(model, enc, text, split, stride, doc_mask=has_doc_mask(known))
             *right, n = hellaswag.evaluate(model, enc, examples)
         model.to(pick_dtype(dtype, model.lm_head.weight.device))  # as for generating text
         scores = [cell(r / n if n else None, ".4f") for r in right]
@@ -354,7 +366,7 @@ def main():
         return
     if a.perplexity:
         with hellaswag.precision(model, a.dtype):
-            m = measure(model, enc, a.perplexity, a.split, a.stride, a.limit)
+            m = measure(model, enc, a.perplexity, a.split, a.stride, a.limit, has_doc_mask(known))
         print(f"{known['about']} on {a.perplexity}: {m['tokens']:,} tokens, {m['loss']:.4f} nats per token, perplexity "
               f"{math.exp(m['loss']):.3f}, {m['bpb']:.4f} bits per byte; {m['how']}")
         return

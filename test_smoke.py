@@ -49,7 +49,7 @@ import plot
 import train
 from data_loader import DataLoader, PackedPairs, Pairs, pack, permute
 from dataset import EOT, UserError, get_tokenizer
-from model import GPT, GPTConfig, find_checkpoints, load_checkpoint, read_checkpoint
+from model import GPT, GPTConfig, find_checkpoints, isolate_documents, load_checkpoint, read_checkpoint
 
 TEST_DATA = os.environ.get("TEST_DATA", "")
 WIKITEXT = os.path.join(TEST_DATA, "text/wikitext2-valid.txt")
@@ -2026,10 +2026,11 @@ def test_muon_treats_q_k_and_v_as_three_matrices():
     assert torch.allclose(joined[0], apart.flatten(0, 1), atol=1e-6)
 
 
-def test_muons_rate_follows_the_schedule_of_max_lr_and_its_momentum_warms_up(monkeypatch):
+def test_muon_has_the_blocks_matrices_and_a_rate_and_momentum_on_schedule(monkeypatch):
     set_globals(monkeypatch, optimizer="muon", max_lr=4e-3, muon_lr=2e-2, min_lr=0.0, warmup_steps=10, max_steps=1000,
                 schedule="wsd", cooldown=0.5)
     muon, adamw = optimizers = train.make_optimizers(GPT(small()), torch.device("cpu"))
+    assert [group["parts"] for group in muon.param_groups] == [3, 1, 1, 1]  # q, k and v; the others
     rates = {step: train.set_rates(optimizers, step) for step in (4, 150, 300, 750)}
     assert rates == pytest.approx({4: 2e-3, 150: 4e-3, 300: 4e-3, 750: 2e-3})
     assert {group["lr"] for group in adamw.param_groups} == {rates[750]}
@@ -2265,7 +2266,7 @@ def test_dollars_stand_in_the_log_the_summary_and_the_checkpoint(workspace, tmp_
     r = run_ok(here("train.py"), *FAST, *options, cwd=workspace)
     usd = read_checkpoint(f"{tmp_path}/checkpoints/model_000003.pt")["run"]["usd"]
     assert usd > 0.1 and f"usd={usd:.4f}" in (tmp_path / "log.txt").read_text()
-    assert f"${usd:.2f}" in r.stdout.splitlines()[-1]
+    assert f"${usd:.2f}" in r.stdout.splitlines()[-2]
 
 
 def read_wandb(raw):
@@ -2475,11 +2476,12 @@ def test_an_export_of_a_chat_is_prompted_in_its_template(chat_runs, workspace, t
 
 
 @torch.no_grad()
-def strided_losses(model, tokens, stride):
+def strided_losses(model, tokens, stride, eot=None):
     """The losses of measure(), target by target"""
     out = []
-    for x, y in eval_script.strided_batches(tokens, model.cfg.block_size, stride, "cpu", batch_tokens=40):
-        out += hellaswag.token_losses(model, model.hidden(x)[y >= 0], y[y >= 0]).tolist()
+    for x, y, *document in eval_script.strided_batches(tokens, model.cfg.block_size, stride, "cpu", eot, 40):
+        hidden = model.hidden(x, *(isolate_documents(document[0]) if document else []))
+        out += hellaswag.token_losses(model, hidden[y >= 0], y[y >= 0]).tolist()
     return out
 
 
@@ -2491,6 +2493,28 @@ def test_perplexity_with_a_stride_of_one_equals_a_slow_loop():
         idx = torch.tensor(tokens[max(0, i - 16):i])[None]
         slow.append(F.cross_entropy(model(idx)[0][:, -1], torch.tensor([tokens[i]])).item())
     assert strided_losses(model, tokens, stride=1) == pytest.approx(slow, abs=1e-4)
+
+
+@torch.no_grad()
+def test_perplexity_of_a_model_trained_with_doc_mask_sees_one_document_at_a_time():
+    model, tokens, eot = lively(), np.random.default_rng(0).integers(0, 63, 100), 63
+    begins = [0, 5, 6, 30, 77]
+    tokens[begins] = eot
+    slow = []
+    for i in range(1, 100):
+        begin = max(i - 16, max(b for b in begins if b < i))
+        slow.append(F.cross_entropy(model(torch.tensor(tokens[begin:i])[None])[0][:, -1],
+                                    torch.tensor([tokens[i]])).item())
+    assert strided_losses(model, tokens, 1, eot) == pytest.approx(slow, abs=1e-4)
+
+
+def test_eval_measures_a_model_trained_with_doc_mask_as_its_validation_did(workspace, tmp_path):
+    options = [*FAST, "--doc_mask", "--max_steps=5", "--val_tokens=1e6", f"--out_dir={tmp_path}"]
+    run_ok(here("train.py"), *options, cwd=workspace)
+    r = run_ok(here("eval.py"), "--perplexity=data/t", "--stride=32", f"--out_dir={tmp_path}", cwd=workspace)
+    assert "each document on its own" in r.stdout
+    loss = float(re.search(r"([\d.]+) nats per token", r.stdout)[1])
+    assert loss == pytest.approx(losses(tmp_path, "val")[-1], abs=2e-3)  # of the same windows, but for the last
 
 
 @torch.no_grad()

@@ -736,7 +736,7 @@ class Muon(torch.optim.Optimizer):
             updates = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's.  (n, rows, columns)
             matrices = updates.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (n * parts, rows / parts, columns)
             scale = 0.2 * math.sqrt(max(matrices.shape[1:]))  # AdamW's steps have a root mean square of about 0.2
-            steps = orthogonalize_together(matrices.to(self.dtype)).view_as(updates).to(updates.dtype)
+            steps = orthogonalize_together(matrices.to(self.dtype)).reshape(updates.shape).to(updates.dtype)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, steps.unbind(), alpha=-group["lr"] * scale)
 
@@ -1290,9 +1290,9 @@ def print_summary(run, stopped, problem):
     if patience and run["best"]["step"] >= 0:
         print(f"best: step {run['best']['step']}, validation loss {run['best']['loss']:.4f}: "
               f"{checkpoint_path(run['best']['step'])}")
-    last = run["last_val"] if run["last_val"]["step"] >= 0 else dict(loss=None, bpb=None)
+    loss, bpb = (run["last_val"][k] if math.isfinite(run["last_val"][k]) else None for k in ("loss", "bpb"))
     print(json.dumps(dict(recipe=recipe, step=run["step"], tokens=run["tokens"], seconds=round(run["seconds"], 1),
-                          val_loss=last["loss"], bpb=last["bpb"])))
+                          val_loss=loss, bpb=bpb)))
 
 
 # -- the run, from top to bottom
