@@ -2068,6 +2068,17 @@ def test_with_max_minutes_the_schedule_follows_the_clock(monkeypatch):
     assert train.steps_in_time(dict(run, step=0, seconds=0.0), [], "cpu") == train.UNKNOWN_STEPS
 
 
+def test_what_is_said_last_about_the_length_of_a_run_counts(tmp_path):
+    def length(*options):
+        settings = train.configure(list(options))[0]
+        return settings["max_steps"], settings["epochs"], settings["max_minutes"]
+
+    (tmp_path / "c.json").write_text('{"max_minutes": 2}')
+    file = f"--config={tmp_path}/c.json"
+    assert length("--recipe=tiny", file) == (0, 0, 2) and length(file, "--max_steps=5") == (5, 0, 0)
+    assert length(file, "--epochs=1") == (0, 1, 0) and length("--recipe=tiny", "--epochs=1") == (0, 1, 0)
+
+
 def test_a_run_of_max_minutes_ends_with_its_schedule_and_a_line_of_json(workspace, tmp_path):
     options = [o for o in FAST if "max_steps" not in o]
     options += ["--max_lr=1e-3", "--min_lr=0", "--warmup_steps=2", "--max_minutes=0.05", f"--out_dir={tmp_path}"]
@@ -3507,6 +3518,7 @@ MISTAKES = {
     "a word for a number": ([*T, "--max_steps=many"], "--max_steps: 'many' is not a whole number"),
     "a fraction for a whole number": ([*T, "--max_steps=1.5"], "--max_steps: '1.5' is not a whole number"),
     "a number out of range": ([*T, "--keep=0"], "keep=0 is below 1"),
+    "two lengths": ([*T, "--max_minutes=1"], "max_minutes cannot be combined with max_steps or epochs"),
     "a profile in no folder": ([*T, "--profile=none/trace.json"], "no folder for --profile=none/trace.json"),
     "a negative rate": ([*T, "--max_lr=-1"], "max_lr=-1.0 is below 0"),
     "an unknown choice": ([*T, "--norm=batch"], "--norm: invalid choice: 'batch' (choose from"),

@@ -291,8 +291,10 @@ def configure(argv):
         if "max_steps" in layer or "epochs" in layer:
             settings["max_minutes"] = 0.0
         settings.update(layer)
-    if asked.get("max_minutes") and ("max_steps" in asked or "epochs" in asked or asked.get("profile")):
-        raise UserError("max_minutes cannot be combined with max_steps, epochs or profile")
+    if any(layer.get("max_minutes") and layer.keys() & {"max_steps", "epochs"} for layer in (file, command)):
+        raise UserError("max_minutes cannot be combined with max_steps or epochs")
+    if settings["max_minutes"] and settings["profile"]:
+        raise UserError("profile needs max_steps or epochs, not max_minutes: it times the last steps")
     if asked.get("patience") and not settings["val_interval"]:
         raise UserError("patience needs a val_interval above 0")
     if "distill_alpha" in asked and not settings["teacher"]:
