@@ -1294,7 +1294,7 @@ def print_summary(run, stopped, problem):
               f"{checkpoint_path(run['best']['step'])}")
     loss, bpb = (run["last_val"][k] if math.isfinite(run["last_val"][k]) else None for k in ("loss", "bpb"))
     print(json.dumps(dict(recipe=recipe, step=run["step"], tokens=run["tokens"], seconds=round(run["seconds"], 1),
-                          val_loss=loss, bpb=bpb)))
+                          val_step=run["last_val"]["step"], val_loss=loss, bpb=bpb)))
 
 
 # -- the run, from top to bottom
