@@ -2068,6 +2068,13 @@ def test_with_max_minutes_the_schedule_follows_the_clock(monkeypatch):
     assert train.steps_in_time(dict(run, step=0, seconds=0.0), [], "cpu") == train.UNKNOWN_STEPS
 
 
+def test_a_yaml_config_that_contains_itself_is_refused(tmp_path):
+    pytest.importorskip("yaml")
+    (tmp_path / "c.yaml").write_text("max_lr: 1e-3\nloop: &loop\n  loop: *loop\n")
+    with pytest.raises(UserError, match="c.yaml: loop is of type dict"):
+        train.configure([f"--config={tmp_path / 'c.yaml'}"])
+
+
 def test_what_is_said_last_about_the_length_of_a_run_counts(tmp_path):
     def length(*options):
         settings = train.configure(list(options))[0]

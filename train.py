@@ -265,7 +265,8 @@ def read_config(path):
                 raise UserError(f"{path} needs a package: pip install pyyaml") from None
             with open(path, encoding="utf-8") as f:
                 values = yaml.safe_load(f)
-        while sections := [v for v in values.values() if isinstance(v, dict)]:
+        for _ in range(10):  # levels: not without end, since YAML can contain itself
+            sections = [v for v in values.values() if isinstance(v, dict)]
             values = {k: v for k, v in values.items() if not isinstance(v, dict)}
             for section in sections:
                 values.update(section)
@@ -718,8 +719,8 @@ class Muon(torch.optim.Optimizer):
     """
     Momentum whose steps are made orthogonal, so that a matrix learns equally fast in all directions (Jordan et al.,
     2024), and scaled so that AdamW's learning rate suits both (Liu et al., 2025). Takes the steps of torch.optim.Muon,
-    but treats q, k and v as three matrices, multiplies all matrices of a shape at once, in float32 where that is
-    faster, and divides the work among the processes.
+    but treats q, k and v as three matrices, multiplies all matrices of one shape together, uses float32 on devices
+    without bfloat16, and divides the work among the processes.
     """
 
     def __init__(self, groups, lr, weight_decay, dtype):
