@@ -72,7 +72,7 @@ SOURCES = {
     "toygpt": dict(parts=("wikisource", "redpajama-sample"), tokens=1.5e9, splits="98/1/1"),
     "shakespeare": dict(
         url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        doc_sep=EOT),  # one document: its blank lines separate speeches
+        tokenizer="byte"),
 }
 
 
@@ -586,9 +586,10 @@ class Source(NamedTuple):
     read: Callable
     tokens: float = 0  # roughly what it holds, 0 if unknown
     fingerprint: str = ""  # of local files, to notice a changed text
+    n_pieces: int = 0  # of a text that is a single document: its end is held out
 
 
-def open_sources(names, column="text", doc_sep=None):
+def open_sources(names, column="text", doc_sep=EOT):
     """fineweb -> [Source]; toygpt, or a.txt,b.jsonl -> several"""
     if names in SOURCES or os.path.exists(names):
         names = SOURCES.get(names, {}).get("parts", [names])
@@ -617,7 +618,7 @@ def open_source(name, column, doc_sep):
         raise UserError(f"there is no source {name!r}" + suggest(name, SOURCES))
     if not paths:
         raise UserError(f"no file matches {name}")
-    return open_files(name, paths, column, doc_sep or row.get("doc_sep"))
+    return open_files(name, paths, column, doc_sep)
 
 
 def open_hub_source(name, column):
@@ -637,7 +638,7 @@ def open_files(name, paths, column, doc_sep):
     size = sum(map(os.path.getsize, paths))
     if size == 0:
         raise UserError(f"{name} is empty")
-    kinds = {os.path.splitext(path)[1].lower() for path in paths}
+    kinds, n_pieces = {os.path.splitext(path)[1].lower() for path in paths}, 0
     if ".json" in kinds:
         raise UserError(f"{name} is a single JSON value; write one object per line, as .jsonl")
     if len(kinds) > 1 and kinds & {".jsonl", ".parquet"}:
@@ -647,11 +648,27 @@ def open_files(name, paths, column, doc_sep):
     elif kinds == {".jsonl"}:
         read = functools.partial(read_text, paths, functools.partial(read_rows, column))
     else:
-        # A text of few, long documents is read in pieces, so that it too can be divided into train and val.
-        piece_chars = min(1 << 20, max(64, size // 20))
-        read = functools.partial(read_text, paths, functools.partial(read_pieces, doc_sep, piece_chars))
+        read, n_pieces = open_text(paths, size, doc_sep)
     folder = re.sub(r"[^\w.-]+", "", os.path.splitext(os.path.basename(name))[0])
-    return Source(folder, os.path.basename(name), read, size / 4, fingerprint(paths))  # about 4 bytes per token
+    # about 4 bytes per token
+    return Source(folder, os.path.basename(name), read, size / 4, fingerprint(paths), n_pieces)
+
+
+def open_text(paths, size, doc_sep):
+    """
+    -> what reads the text, and in how many pieces if it is a single document. Long documents are read in pieces, so
+    that a text of few documents too can be divided into train and val.
+    """
+    def pieces_of(share):
+        return functools.partial(read_pieces, doc_sep, min(1 << 20, max(64, int(size * share))))
+
+    read_file, n_documents, n_pieces = pieces_of(0.01), 0, 0
+    for _, begins in itertools.chain.from_iterable(map(read_file, paths)):
+        n_documents += begins
+        n_pieces += 1
+        if n_documents == 2:
+            return functools.partial(read_text, paths, pieces_of(0.05)), 0
+    return functools.partial(read_text, paths, read_file), n_pieces
 
 
 def download(url, path):
@@ -708,8 +725,8 @@ def read_rows(column, path):
 
 def read_pieces(doc_sep, piece_chars, path):
     """
-    Yields (text, whether it begins a document) from a text file. Documents are separated by blank lines, or by lines
-    equal to doc_sep; those over piece_chars come in pieces.
+    Yields (text, whether it begins a document) from a text file. Documents are separated by lines equal to doc_sep, or
+    by blank lines if that is empty; those over piece_chars come in pieces.
     """
     line = rf"[ \t]*{re.escape(doc_sep)}[ \t]*(?=\n|\Z)" if doc_sep else r"(?:[ \t]*\n)+"
     separator = re.compile(r"\n" + line)
@@ -722,7 +739,8 @@ def read_pieces(doc_sep, piece_chars, path):
             *documents, text = (text, "") if at_end else separator.split(text + block)
             for document in documents:
                 for piece in cut_document(document.rstrip("\n"), piece_chars):
-                    piece = piece.lstrip("\n") if begins else piece
+                    if begins:
+                        piece = piece.lstrip("\n") if piece.strip() else ""
                     if piece:
                         yield piece, begins
                         begins = False
@@ -785,15 +803,18 @@ def split_shares(splits):
     return (*shares, 0)[:3]
 
 
-def split_of(i, shares):
+def split_of(i, shares, n_pieces=0):
     """
     The split of document i of a source, or of piece i if long documents are read in pieces. The last two digits of i,
     read backwards, spread the shares evenly: 10% are the documents 0, 10, 20, ... rather than 0 to 9 of each hundred.
+    Of a single document in n_pieces, the last tenth is 10%.
 
     >>> [i for i in range(200) if split_of(i, (98, 1, 1)) == "test"]
     [10, 110]
     """
     n = i % 10 * 10 + i // 10 % 10
+    if n_pieces:
+        n = 100 * (n_pieces - 1 - i) // n_pieces
     _, val, test = shares
     if n < val:
         return "val"
@@ -807,14 +828,15 @@ def read_batches(sources, position, shares, max_bytes=None):
     """
     first_source, state, count, n_bytes = position
     for index in range(first_source, len(sources)):
+        n_pieces = 0 if max_bytes else sources[index].n_pieces
         for pieces, state in sources[index].read(state):
             by_split = defaultdict(list)
             for text, begins in pieces:
                 if max_bytes and n_bytes >= max_bytes:
                     break
-                split = split_of(count, shares)
+                split = split_of(count, shares, n_pieces)
                 # If the previous piece of a long document went to another split, this piece begins a document.
-                by_split[split].append((text, begins or split != split_of(count - 1, shares)))
+                by_split[split].append((text, begins or split != split_of(count - 1, shares, n_pieces)))
                 count += 1
                 if max_bytes:
                     n_bytes += len(text.encode("utf-8", "replace"))
@@ -870,7 +892,7 @@ def encode_batches(batches, enc):
         yield from ((future.result(), position) for future, position in waiting)
 
 
-def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_sep=None, max_bytes=None, splits=None,
+def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_sep=EOT, max_bytes=None, splits=None,
             shard_tokens=SHARD_TOKENS):
     """
     Tokenizes a source into a folder of shards, and returns the folder. Continues what an earlier call began. The
@@ -1358,7 +1380,8 @@ def parse_options():
     text.add_argument("--tokenizer", help="gpt2, byte, bpe:N (trained on the source), or the folder of prepared data "
                       "whose tokenizer to reuse (default: gpt2)")
     text.add_argument("--column", help="the column of tables that holds the text (default: text)")
-    text.add_argument("--doc_sep", help="the line that separates documents of a text file (default: a blank line)")
+    text.add_argument("--doc_sep", help="the line that separates documents of a text file; '' is a blank line "
+                      f"(default: {EOT})")
     text.add_argument("--max_bytes", type=positive, help="stop after the document that reaches this much text")
     text.add_argument("--splits", help="percentages of the documents for train, val and test, such as 98/1/1 (default: "
                       "90/10, or 99/1 for sources known to be large)")

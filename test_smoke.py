@@ -167,7 +167,7 @@ def here(name):
 
 def stories(n):
     with open(here("input.txt"), encoding="utf-8") as f:
-        return f.read().split("\n\n")[:n]
+        return f.read().split(f"\n{EOT}\n")[:n]
 
 
 def small(**switches):
@@ -646,14 +646,14 @@ def as_documents(tokens):
 
 
 def write_text(path, documents):
-    path.write_text("\n\n".join(documents), encoding="utf-8")
+    path.write_text(f"\n{EOT}\n".join(documents), encoding="utf-8")
     return str(path)
 
 
 @needs_gpt2
 @needs_test_data
 def test_gpt2_tokens_of_real_text_equal_tiktokens_own(tmp_path):
-    folder = prepare(tmp_path, WIKITEXT)
+    folder = prepare(tmp_path, WIKITEXT, doc_sep="")
     with open(WIKITEXT, encoding="utf-8") as f:
         documents = [d.strip("\n") for d in re.split(r"(?:^|\n)(?:[ \t\r]*\n)+", f.read())]
     assert read_split(folder, "train") == slow_tokens(gpt2_tokenizer(), [d for d in documents if d.strip()])
@@ -663,18 +663,20 @@ def test_gpt2_tokens_of_real_text_equal_tiktokens_own(tmp_path):
 def test_a_text_in_one_piece_has_tiktokens_own_tokens_although_it_is_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "BATCH_CHARS", 1)  # every piece is encoded on its own
     text = "\n".join(stories(300)) + "".join(random.Random(0).choices(" \nab1'.é", k=5000))
-    text = re.sub(r"\n\s+", "\n", text).strip("\n")
+    text = text.strip("\n")
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     assert read_split(prepare(tmp_path, str(tmp_path / "t.txt")), "train") == slow_tokens(gpt2_tokenizer(), [text])
 
 
 @pytest.mark.parametrize("raw, options, documents", [
-    (b"a b\n\nc\n\n\n\nd\n", {}, ["a b", "c", "d"]),
-    (b"\xef\xbb\xbfa b\r\n\r\nc\r\n\r\n\r\nd", {}, ["a b", "c", "d"]),
-    (b"\n\na b\n \t \nc\n\nd\n\n\n", {}, ["a b", "c", "d"]),
-    (b"one\n\ntwo\n<|endoftext|>\nthree", dict(doc_sep=EOT), ["one\n\ntwo", "three"]),
-    (b"a <|endoftext|> b\n\nc", {}, ["a <|endoftext|> b", "c"]),
-], ids=["plain", "windows", "spaces on blank lines", "doc_sep", "end-of-text as ordinary text"])
+    (b"a b\n\nc\n\n\n\nd\n", dict(doc_sep=""), ["a b", "c", "d"]),
+    (b"\xef\xbb\xbfa b\r\n\r\nc\r\n\r\n\r\nd", dict(doc_sep=""), ["a b", "c", "d"]),
+    (b"\n\na b\n \t \nc\n\nd\n\n\n", dict(doc_sep=""), ["a b", "c", "d"]),
+    (b"\none\n\ntwo\n\n", {}, ["one\n\ntwo"]),
+    (b"one\n\ntwo\n<|endoftext|>\nthree", {}, ["one\n\ntwo", "three"]),
+    (b"one\r\n--\r\ntwo", dict(doc_sep="--"), ["one", "two"]),
+    (b"a <|endoftext|> b\n\nc", {}, ["a <|endoftext|> b\n\nc"]),
+], ids=["blank lines", "windows", "spaces on blank lines", "one", "end-of-text", "dashes", "end-of-text in a line"])
 def test_documents_are_found_in_a_text(tmp_path, raw, options, documents):
     (tmp_path / "t.txt").write_bytes(raw)
     folder = prepare(tmp_path, str(tmp_path / "t.txt"), "byte", **options)
@@ -707,13 +709,31 @@ def test_a_tenth_of_a_small_texts_documents_is_kept_for_validation(tmp_path):
     assert read_split(folder, "train") == byte_tokens([s for i, s in enumerate(stories(200)) if i % 10])
 
 
-def test_one_long_document_is_divided_into_train_and_val(tmp_path):
+@pytest.mark.parametrize("letters", ["", "äöü", "日本語" * 9])
+def test_of_a_single_document_the_end_is_held_out(tmp_path, letters):
+    text = "\n\n".join(story + letters for story in stories(100))
+    folder = prepare(tmp_path, write_text(tmp_path / "t.txt", [text]), "byte", splits="85/10/5")
+    [train], [test], [val] = (as_documents(read_split(folder, split)) for split in ("train", "test", "val"))
+    assert train + test + val == text
+    assert abs(len(val) / len(text) - 0.1) < 0.015 and abs(len(test) / len(text) - 0.05) < 0.015
+
+
+def test_of_the_beginning_of_a_single_document_pieces_are_held_out(tmp_path):
     text = "\n".join(stories(100))
-    folder = prepare(tmp_path, write_text(tmp_path / "t.txt", [text]), "byte", splits=None)
+    path = write_text(tmp_path / "t.txt", [text])
+    folder = prepare(tmp_path, path, "byte", splits="90/10", max_bytes=len(text.encode()) // 2)
+    n_val, n_train = (len(read_split(folder, split)) for split in ("val", "train"))
+    assert 0.05 < n_val / (n_val + n_train) < 0.15 and n_val + n_train < 0.55 * len(text)
+
+
+def test_long_documents_are_divided_between_train_and_val(tmp_path):
+    texts = ["\n".join(stories(100)), "\n".join(stories(200)[100:])]
+    folder = prepare(tmp_path, write_text(tmp_path / "t.txt", texts), "byte", splits=None)
     pieces = {split: as_documents(read_split(folder, split)) for split in ("train", "val")}
     n_val, n_train = (sum(map(len, pieces[split])) for split in ("val", "train"))
-    assert n_val + n_train == len(text) and 0.05 < n_val / len(text) < 0.15
-    assert all(p in text for p in pieces["train"] + pieces["val"])  # pieces that are not neighbours are not joined
+    assert n_val + n_train == sum(map(len, texts)) and 0.05 < n_val / (n_val + n_train) < 0.15
+    # pieces that are not neighbours are not joined
+    assert all(p in texts[0] or p in texts[1] for p in pieces["train"] + pieces["val"])
 
 
 def test_the_manifest_counts_tokens_bytes_and_documents(tmp_path):
@@ -918,9 +938,9 @@ def test_a_source_with_an_address_is_downloaded_once(tmp_path, monkeypatch):
     with serving({"/plays.txt": text.encode()}) as url:
         row = {**dataset.SOURCES["shakespeare"], "url": f"{url}/plays.txt"}
         monkeypatch.setitem(dataset.SOURCES, "shakespeare", row)
-        dataset.prepare("shakespeare", "byte", splits="100/0")
+        dataset.prepare("shakespeare", splits="100/0")
     assert read_split("data/shakespeare", "train") == byte_tokens([text.strip()])
-    dataset.prepare("shakespeare", "byte", splits="100/0")
+    dataset.prepare("shakespeare", splits="100/0")
 
 
 def test_no_more_than_a_few_batches_wait_in_memory(monkeypatch):
@@ -2165,7 +2185,7 @@ PUBLISHED = {
     "gpt2": 124_475_904, "gpt-xs": 124_082_688, "gpt2-custom": 124_475_904, "custom-gpt": 91_411_200,
     "toygpt-small": 123_703_633, "toygpt-medium": 253_055_057, "toygpt-large": 1_311_579_217,
     "tinystories": 162_419_712, "tinystories-small": 49_287_168, "tinystories-large": 405_688_320, "tiny": 1_311_872,
-    "sft": 124_475_904, "speedrun": 162_220_800}
+    "sft": 124_475_904, "speedrun": 162_220_800, "shakespeare": 836_736}
 each_recipe = pytest.mark.parametrize("name", train.RECIPES)
 
 
@@ -3380,7 +3400,7 @@ def read_picture(path):
 def make_originals(folder):
     """{kind: (a good file, how to change it, what reads it)}"""
     text, enc = folder / "text.txt", get_tokenizer("byte")
-    text.write_text("\n\n".join(stories(30)), encoding="utf-8")
+    write_text(text, stories(30))
     dataset.prepare(str(text), "bpe:300", out=str(folder / "data"), shard_tokens=5000)
     manifest = dataset.read_manifest(str(folder / "data"))
     settings = manifest["settings"]

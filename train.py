@@ -160,6 +160,9 @@ RECIPES = {
         **CONFIGS["speedrun"], optimizer="muon", schedule="wsd", cooldown=0.7, max_lr=2e-3, min_lr=0.0,
         warmup_steps=100, max_steps=6000),
 }
+RECIPES["shakespeare"] = {
+    **RECIPES["tiny"], "block_size": 128, "data": "data/shakespeare", "tokenizer": "byte", "max_steps": 1150,
+    "sample_prompt": "ROMEO:"}
 # toyGPT has no default batch or learning rate. The learning rates are those of GPT-3 models of these sizes (Brown et
 # al., 2020, table 2.1).
 for _name, _lr in (("toygpt-small", 6e-4), ("toygpt-medium", 3e-4), ("toygpt-large", 2e-4)):
