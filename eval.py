@@ -1,9 +1,10 @@
 """
-Uses a model: prompts it, chats with it, measures it, compares it, exports it.
+Uses a model: prompts it, chats with it, serves it, measures it, compares it, exports it.
 
     python eval.py --prompt "Once"                                   # the newest checkpoint of this folder
     python eval.py                                                   # interactive: continues what you type, or answers
     python eval.py --ckpt gpt2 --prompt "Hello, I'm a language model," --num_samples 5
+    python eval.py --serve                                           # a page to talk to it, and OpenAI's API
     python eval.py --perplexity text.txt                             # or pairs.jsonl, or a folder of shards
     python eval.py --compare runs/a runs/b gpt2 --perplexity text.txt
     python eval.py --export hf/                                      # for transformers
@@ -19,13 +20,18 @@ if __name__ == "__main__":
 import codecs
 import contextlib
 import functools
+import http.server
 import inspect
+import itertools
 import json
 import math
 import os
+import re
 import secrets
 import sys
+import threading
 import time
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -282,6 +288,225 @@ def compare(names, text, split, stride, data, limit, device, dtype):
     print(f"loss (nats per token) and bits per byte {where}; HellaSwag on {len(examples):,} examples", file=sys.stderr)
 
 
+# -- serving: OpenAI's completions and chat completions, and a page that uses them
+
+RANGES = dict(max_tokens=(1, 10**6), temperature=(0.0, 2.0), top_p=(1e-6, 1.0), top_k=(0, 10**6), seed=(0, 2**63 - 1))
+UNSUPPORTED = ("best_of", "echo", "functions", "logit_bias", "logprobs", "response_format", "suffix", "tools")
+
+
+class BadRequest(Exception):
+    def __init__(self, message, status=400, code=None):
+        super().__init__(message)
+        self.status, self.code = status, code  # HTTP's, and OpenAI's
+
+
+def sampling_options(request, defaults):
+    if used := [name for name in UNSUPPORTED if request.get(name)]:
+        raise BadRequest(f"{used[0]} is not supported")
+    if request.get("n") not in (None, 1):
+        raise BadRequest("n must be 1")
+    if request.get("max_completion_tokens") is not None:
+        request["max_tokens"] = request["max_completion_tokens"]
+    options = {**defaults, **{name: request[name] for name in defaults if request.get(name) is not None}}
+    for name, (low, high) in RANGES.items():
+        value = options[name]
+        if value is not defaults[name] and (type(value) not in (int, type(high)) or not low <= value <= high):
+            raise BadRequest(f"{name} must be a{' whole' if type(high) is int else ''} number from {low} to {high}")
+    stop = options["stop"]
+    options["stop"] = stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise BadRequest("stop must be a string, or a list of strings, none of them empty")
+    return options
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """server.model answers. Requests wait for each other, since one text at a time is generated."""
+    timeout = 60  # seconds that a client may take to send or accept something
+
+    def handle(self):
+        with contextlib.suppress(OSError):  # the client has gone
+            super().handle()
+
+    def do_POST(self):
+        what, server = f"{self.command} {self.path.split('?')[0]}", self.server
+        try:
+            length = self.headers.get("Content-Length", "0")
+            if not re.fullmatch(r"\d{1,6}", length):
+                raise BadRequest("a request has a Content-Length, of at most 999,999", 413)
+            body = self.rfile.read(int(length))
+            self.check_sender()
+            if what == "GET /":
+                values = json.dumps([server.name, bool(server.template), server.defaults["temperature"]])
+                self.send("text/html; charset=utf-8", [PAGE.replace("VALUES", values.replace("<", "\\u003c"))])
+            elif what == "GET /v1/models":
+                models = [dict(id=server.name, object="model", created=0, owned_by="eval.py")]
+                self.send("application/json", [json.dumps(dict(object="list", data=models))])
+            elif what in ("POST /v1/completions", "POST /v1/chat/completions"):
+                self.complete(body, "chat" in what)
+            else:
+                raise BadRequest(f"there is no {what}", 404)
+        except BadRequest as e:
+            error = dict(message=str(e), type="invalid_request_error", param=None, code=e.code)
+            self.send("application/json", [json.dumps(dict(error=error))], e.status)
+
+    do_GET = do_POST
+
+    def check_sender(self):
+        """A page of another site must not use this server, by whatever name it calls this machine."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        with contextlib.suppress(ValueError):
+            if urlsplit(f"//{host}").hostname in self.server.hosts and origin in (None, f"http://{host}"):
+                return
+        raise BadRequest("this host or origin is not served; --serve=HOST:PORT names a host", 403)
+
+    def send(self, content_type, parts, status=200):
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.end_headers()
+        for part in parts:
+            self.wfile.write(part.encode())
+
+    def complete(self, body, is_chat):
+        try:
+            request = json.loads(body)
+            options, tokens = sampling_options(request, self.server.defaults), self.read_prompt(request, is_chat)
+        except (ValueError, AttributeError, RecursionError):
+            raise BadRequest("the request is not a JSON object") from None
+        parts = map(json.dumps, self.generate(request, options, tokens, is_chat))
+        if request.get("stream") is True:
+            self.send("text/event-stream", (f"data: {part}\n\n" for part in itertools.chain(parts, ["[DONE]"])))
+        else:
+            self.send("application/json", parts)
+
+    def read_prompt(self, request, is_chat):
+        server, prompt = self.server, request.get("prompt")
+        if request.get("model") != server.name:
+            raise BadRequest(f"there is no model {request.get('model')}, only {server.name}", 404, "model_not_found")
+        if is_chat and not server.template:
+            raise BadRequest(f"{server.name} is not fine-tuned on chats; use /v1/completions")
+        if is_chat:
+            try:
+                to_come = dict(role="assistant", content="-")
+                *turns, (prompt, _) = dataset.parse_messages([*request["messages"], to_come])
+            except (LookupError, TypeError, ValueError) as e:
+                raise BadRequest(f"messages must alternate between user and assistant, the last by user: {e}") from None
+            return chat_tokens(server.model, server.enc, server.template, [*turns, (prompt, None)])
+        if isinstance(prompt, list) and len(prompt) == 1:
+            [prompt] = prompt
+        if not isinstance(prompt, str):
+            raise BadRequest("prompt must be a string")
+        return dataset.prompt_tokens(server.enc, None, [(prompt, None)])
+
+    def generate(self, request, options, tokens, is_chat):
+        """Yields the response, in parts if it is to be streamed."""
+        server, stream, texts = self.server, request.get("stream") is True, []
+        kind = "chat.completion" if is_chat else "text_completion"
+        about = dict(id=f"cmpl-{secrets.token_hex(8)}", object=f"{kind}.chunk" if is_chat and stream else kind,
+                     created=int(time.time()), model=server.name)
+
+        def response(text, reason, **usage):
+            content = dict(text=text)
+            if is_chat:
+                content = {"delta" if stream else "message": dict(role="assistant", content=text)}
+            return dict(**about, choices=[dict(index=0, **content, logprobs=None, finish_reason=reason)], **usage)
+
+        max_tokens, stream_options = options["max_tokens"], request.get("stream_options")
+        with server.generating:
+            for [text] in stream_text(
+                    server.model, server.enc, [tokens], max_tokens, options["temperature"], options["top_k"],
+                    options["top_p"], make_generator(server.model, options["seed"]), options["stop"]):
+                texts.append(text)
+                if stream and text:
+                    yield response(text, None)
+        # If max_tokens end the text, there is one more piece: what a stop string might still have removed.
+        n, reason = min(len(texts), max_tokens), "length" if len(texts) > max_tokens else "stop"
+        usage = dict(prompt_tokens=len(tokens), completion_tokens=n, total_tokens=len(tokens) + n)
+        yield response("", reason) if stream else response("".join(texts), reason, usage=usage)
+        if stream and isinstance(stream_options, dict) and stream_options.get("include_usage"):
+            yield dict(**about, choices=[], usage=usage)
+
+
+def serve(address, model, enc, template, name, defaults):
+    match = re.fullmatch(r"(?:([\w.-]+):)?(\d{1,5})", address)
+    if not match:
+        raise UserError(f"--serve={address} must be a port, such as 8000, or HOST:PORT")
+    host, port = match[1] or "127.0.0.1", int(match[2])
+    try:
+        server = http.server.ThreadingHTTPServer((host, port), Handler)
+    except (OSError, OverflowError) as e:
+        raise UserError(f"cannot serve at {host}:{port} ({e}); choose another port, --serve=PORT") from None
+    server.model, server.enc, server.template, server.name, server.defaults = model, enc, template, name, defaults
+    server.hosts, server.generating = {"127.0.0.1", "localhost", host}, threading.Lock()
+    print(f"{name}: a page at http://{host}:{server.server_port}/, OpenAI's API below /v1; Ctrl-C ends", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><title>eval.py</title>
+<style>
+  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+  body { max-width: 44rem; margin: auto; padding: 0 1rem }
+  h1 { font-size: 1rem }
+  main { min-height: 75vh; white-space: pre-wrap; overflow-wrap: anywhere }
+  b { color: GrayText; font-weight: normal }
+  .chat * { display: block; margin-bottom: 1rem }
+  form { position: sticky; bottom: 0; padding: 1rem 0; background: Canvas }
+  textarea { width: 100%; box-sizing: border-box }
+  textarea, input, button { font: inherit; padding: .3rem .6rem }
+</style>
+<h1></h1><main></main>
+<form><textarea rows="3"></textarea><label>temperature <input type="number" min="0" max="2" step="0.1"></label>
+<button></button></form>
+<script>
+const [model, chat, temperature] = VALUES, $ = name => document.querySelector(name), box = $("textarea")
+let turns = [], text = "", running = null
+
+async function send() {
+  const said = box.value, answer = document.createElement("span")
+  if (running) return running.abort()
+  if (chat && !said.trim()) return
+  $("main").append(Object.assign(document.createElement("b"), {textContent: said}), answer)
+  box.value = ""
+  text += said
+  turns.push({role: "user", content: said})
+  running = new AbortController()
+  $("button").textContent = "Stop"
+  try {
+    const prompt = chat ? {messages: turns} : {prompt: text}
+    const body = JSON.stringify({model, stream: true, temperature: +$("input").value, ...prompt})
+    const address = chat ? "/v1/chat/completions" : "/v1/completions"
+    const response = await fetch(address, {method: "POST", body, signal: running.signal})
+    if (!response.ok) throw Error((await response.json()).error.message)
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
+    for (let rest = "", part; !(part = await reader.read()).done;) {
+      const lines = (rest + part.value).split("\n")
+      rest = lines.pop()
+      for (const line of lines.filter(line => line.startsWith("data: {"))) {
+        const [choice] = JSON.parse(line.slice(6)).choices
+        answer.textContent += chat ? choice.delta.content : choice.text
+        scrollTo(0, document.body.scrollHeight)
+      }
+    }
+  } catch (e) {
+    if (e.name != "AbortError") $("main").append(`\n${e.message}\n`)
+  }
+  text += answer.textContent
+  turns.push({role: "assistant", content: answer.textContent || "-"})
+  running = null
+  $("button").textContent = "Send"
+}
+$("form").onsubmit = event => { event.preventDefault(); send() }
+box.onkeydown = event => { if (event.key == "Enter" && !event.shiftKey && !running) $("form").onsubmit(event) }
+Object.assign(box, {placeholder: chat ? "Ask something" : "The beginning of a text, or nothing to continue it"}).focus()
+$("h1").textContent = model
+$("main").className = chat ? "chat" : ""
+$("input").value = temperature
+$("button").textContent = "Send"
+</script>
+"""
+
+
 # -- exporting
 
 # dataset.encode_chat in the language of transformers' chat templates
@@ -328,6 +553,8 @@ def parse_options():
                    help="sample from the most likely tokens that make up this probability (default: %(default)s)")
     p.add_argument("--stop", action="append", help="end a text before this string; may be repeated")
     p.add_argument("--seed", type=dataset.integer, help="to get the same text again")
+    p.add_argument("--serve", nargs="?", const="8000", metavar="[HOST:]PORT", help="serve a page and OpenAI's API; the "
+                   "sampling options are their defaults (without a value: 127.0.0.1:8000)")
     p.add_argument("--perplexity", metavar="DATA", help="measure on a file of text or pairs, or a folder of shards")
     p.add_argument("--split", default="val", help="which split of a folder of shards (default: %(default)s)")
     p.add_argument("--stride", type=dataset.positive,
@@ -377,7 +604,11 @@ def main():
         prompts = [chat_tokens(model, enc, template, turns) for turns in chats]
         return stream_text(model, enc, prompts, a.max_new_tokens, a.temperature, a.top_k, a.top_p, generator, a.stop)
 
-    if a.prompt is None:
+    if a.serve:
+        name = os.path.basename(os.path.abspath(a.ckpt or a.out_dir))
+        defaults = {k: getattr(a, k) for k in ("temperature", "top_k", "top_p", "seed", "stop")}
+        serve(a.serve, model, enc, template, name, {**defaults, "max_tokens": a.max_new_tokens})
+    elif a.prompt is None:
         interact(respond, is_chat=bool(template))
     else:
         prompts = [prompt for prompt in a.prompt for _ in range(a.num_samples)]

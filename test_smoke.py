@@ -35,6 +35,7 @@ from collections import Counter
 import filelock
 import numpy as np
 import pytest
+import requests
 import torch
 from torch.nn import functional as F
 
@@ -1145,7 +1146,7 @@ FAILURES = [
 
 def synthesize(folder, url, prompts, **options):
     (folder / "prompts.txt").write_text("\n".join(map(str, prompts)))
-    dataset.synthesize(str(folder / "prompts.txt"), url, "m", out=str(folder / "out.jsonl"), **options)
+    dataset.synthesize(str(folder / "prompts.txt"), url, **{**dict(model="m", out=str(folder / "out.jsonl")), **options})
 
 
 def test_a_synthesis_killed_five_times_ends_with_every_prompt_answered_once(tmp_path):
@@ -2471,6 +2472,140 @@ def test_a_chat_is_prompted_in_its_template_and_remembers_its_turns(chat_runs, w
     assert run_ok(here("eval.py"), *options, cwd=folder).stdout.startswith(f"Who is it?\n{first}\n---\nthe\n")
     options = dict(max_new_tokens=5, temperature=0, out_dir=str(folder), device="cpu")
     assert eval_script.generate_text("Who is it?", **options) == first
+
+
+@pytest.fixture(scope="session")
+def servers(chat_runs, workspace):
+    """eval.py --serve with a model that knows chats, and with one that does not.  -> {name: its address}"""
+    addresses, processes = {}, []
+    for folder in ("chat/tuned", "runs/fp32"):
+        options = ["--serve=0", "--temperature=0", "--max_new_tokens=8", "--device=cpu", "--dtype=float32"]
+        processes.append(start(here("eval.py"), *options, cwd=workspace / folder, stdout=subprocess.PIPE))
+    for process in processes:
+        name, address = re.match(r"(\S+): a page at (\S+)/, ", process.stdout.readline()).groups()
+        addresses[name] = address
+    yield addresses
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+def greedy(workspace, folder, prompt, n=8, **options):
+    options = {**dict(max_new_tokens=n, temperature=0, out_dir=str(workspace / folder), device="cpu"), **options}
+    return eval_script.generate_text(prompt, dtype="float32", **options)
+
+
+def test_a_served_model_says_what_generate_text_does(servers, workspace):
+    text = greedy(workspace, "runs/fp32", "Once").removeprefix("Once")
+    r = requests.post(f"{servers['fp32']}/v1/completions", json=dict(model="fp32", prompt="Once")).json()
+    assert r["choices"] == [dict(index=0, text=text, logprobs=None, finish_reason="length")]
+    assert r["usage"] == dict(prompt_tokens=5, completion_tokens=8, total_tokens=13) and r["object"] == "text_completion"
+    stop = text[3:5]
+    r = requests.post(f"{servers['fp32']}/v1/completions", json=dict(model="fp32", prompt=["Once"], stop=stop)).json()
+    assert r["choices"] == [dict(index=0, text=text[:text.index(stop)], logprobs=None, finish_reason="stop")]
+
+
+def test_a_served_chat_uses_the_models_template_and_all_turns(servers, workspace):
+    model, enc, known = eval_script.load(None, str(workspace / "chat/tuned"), "cpu", "float32")
+    turns = [("Be kind.\n\nHi", "Hello."), ("Who is it?", None)]
+    expected = speak(model, enc, [dataset.prompt_tokens(enc, known["template"], turns)], 6)[0][0]
+    messages = [dict(role=role, content=text) for role, text in (
+        ("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Who is it?"))]
+    body = dict(model="tuned", messages=messages, max_completion_tokens=6)
+    r = requests.post(f"{servers['tuned']}/v1/chat/completions", json=body).json()
+    assert r["choices"][0]["message"] == dict(role="assistant", content=expected) and r["object"] == "chat.completion"
+
+
+@needs_package("openai")
+def test_openais_client_is_served(servers, workspace):
+    import openai
+    clients = {name: openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) for name, url in servers.items()}
+    assert [model.id for model in clients["fp32"].models.list()] == ["fp32"]
+    parts = [*clients["fp32"].completions.create(
+        model="fp32", prompt="Once", stream=True, stream_options=dict(include_usage=True))]
+    text = greedy(workspace, "runs/fp32", "Once").removeprefix("Once")
+    assert "".join(part.choices[0].text for part in parts[:-1]) == text and len(parts) > 4
+    assert parts[-2].choices[0].finish_reason == "length" and parts[-1].usage.completion_tokens == 8
+    ask = dict(model="tuned", messages=[dict(role="user", content="Who is it?")])
+    whole = clients["tuned"].chat.completions.create(**ask).choices[0].message.content
+    parts = clients["tuned"].chat.completions.create(**ask, stream=True)
+    assert whole == greedy(workspace, "chat/tuned", "Who is it?") == "".join(p.choices[0].delta.content for p in parts)
+    seeded = [clients["fp32"].completions.create(model="fp32", prompt="a", temperature=2, seed=i).choices[0].text
+              for i in (1, 1, 2)]
+    assert seeded[0] == seeded[1] != seeded[2]
+    for client, error in (("fp32", openai.BadRequestError), ("tuned", openai.NotFoundError)):
+        with pytest.raises(error):
+            clients[client].chat.completions.create(model="fp32", messages=ask["messages"])
+
+
+ASK = dict(model="tuned", prompt="Once")
+USER = dict(role="user", content="Hi")
+BAD_REQUESTS = [
+    *[("completions", {**ASK, **wrong}) for wrong in (
+        dict(model="gpt-4o"), dict(model=None), dict(model=[]), dict(prompt=None), dict(prompt=3), dict(prompt=[]),
+        dict(prompt=["a", "b"]), dict(prompt=[[1, 2]]), dict(prompt={}), dict(max_tokens=0), dict(max_tokens=-1),
+        dict(max_tokens=1.5), dict(max_tokens="9"), dict(max_tokens=10**9), dict(max_tokens=True), dict(temperature=-1),
+        dict(temperature=2.1), dict(temperature="hot"), dict(temperature=math.nan), dict(temperature=math.inf),
+        dict(top_p=-0.1), dict(top_p=0), dict(top_p=1.1), dict(top_p=[]), dict(top_k=-1), dict(top_k=0.5),
+        dict(seed=-1), dict(seed=2**64), dict(seed="a"), dict(n=2), dict(n="x"), dict(stop=""), dict(stop=["a", ""]),
+        dict(stop=[1]), dict(stop=7), dict(stop={"a": 1}), dict(logprobs=5), dict(echo=True), dict(suffix="!"),
+        dict(best_of=3), dict(tools=[{}]))],
+    *[("chat/completions", {**ASK, "messages": messages}) for messages in (
+        None, [], {}, "Hi", ["Hi"], [{}], [dict(role="user")], [dict(role="user", content=1)],
+        [dict(role="user", content=" ")], [USER, USER], [USER, dict(role="assistant", content="Hello.")],
+        [dict(role="king", content="Hi")], [dict(role="system", content="Hi")])],
+    *[("completions", raw) for raw in (b"", b"{", b"[]", b"3", b"null", b"\xff", b"[" * 100_000, b"x" * 1_100_000)],
+    ("complete", ASK), ("chat", ASK), ("../../etc/passwd", ASK)]
+
+
+def test_bad_requests_are_answered_as_openai_does_and_cost_the_server_nothing(servers, workspace):
+    url = f"{servers['tuned']}/v1/"
+    for path, body in BAD_REQUESTS:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        try:
+            r = requests.post(url + path, data=raw)
+        except requests.ConnectionError:
+            assert len(raw) > 1_000_000  # the server does not wait for the rest
+            continue
+        error = r.json()["error"]
+        assert r.status_code in (400, 404, 413) and error["type"] == "invalid_request_error", (body, r.text)
+        assert error.keys() == {"message", "type", "param", "code"} and error["message"], body
+    assert len(BAD_REQUESTS) > 60
+    text = requests.post(f"{url}completions", json=ASK).json()["choices"][0]["text"]
+    enc = eval_script.load(None, str(workspace / "chat/tuned"), "cpu", "float32")[1]
+    assert text and enc.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("headers", [
+    {"Host": "evil.example"}, {"Host": "evil.example:80"}, {"Host": "[::"}, {"Host": ""},
+    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://127.0.0.1:1"}], ids=str)
+def test_pages_of_other_sites_cannot_use_the_server(servers, headers):
+    for path in ("/", "/v1/models"):
+        assert requests.get(servers["fp32"] + path, headers=headers).status_code == 403
+    answer = requests.post(f"{servers['fp32']}/v1/completions", json=dict(model="fp32", prompt="a"), headers=headers)
+    assert answer.status_code == 403
+    assert requests.get(f"{servers['fp32']}/", headers={"Origin": servers["fp32"]}).status_code == 200
+
+
+def test_the_page_names_the_model_and_nothing_outside(servers):
+    page = requests.get(f"{servers['tuned']}/").text
+    assert '["tuned", true, 0' in page and "VALUES" not in page and not re.search("https?:", page)
+    assert '["fp32", false, 0' in requests.get(f"{servers['fp32']}/").text
+
+
+def test_a_client_that_leaves_does_not_keep_others_waiting(servers):
+    body = dict(model="fp32", prompt="Once", max_tokens=1_000_000, stream=True)
+    with requests.post(f"{servers['fp32']}/v1/completions", json=body, stream=True) as r:
+        next(r.iter_content(10))
+    answer = requests.post(f"{servers['fp32']}/v1/completions", json=dict(model="fp32", prompt="a"), timeout=30)
+    assert answer.status_code == 200
+
+
+def test_a_model_writes_the_pairs_for_another(servers, tmp_path):
+    prompts = [f"What is {i}?" for i in range(6)]
+    synthesize(tmp_path, f"{servers['tuned']}/v1", prompts, model="tuned")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert sorted(row["prompt"] for row in rows) == prompts and all(row["response"] for row in rows)
 
 
 def test_a_long_chat_loses_its_oldest_turns_first(chat_runs, workspace):
