@@ -525,7 +525,8 @@ def export(model, enc, spec, folder, template=None):
         raise UserError(f"{folder} is not empty; choose another folder for --export")
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast", model_max_length=model.cfg.block_size, eos_token=dataset.EOT,
-        bos_token=dataset.EOT, unk_token=dataset.EOT, clean_up_tokenization_spaces=False)
+        bos_token=dataset.EOT, unk_token=dataset.EOT, clean_up_tokenization_spaces=False,
+        pad_token="<|pad|>" if "<|pad|>" in enc.special_tokens_set else dataset.EOT)
     if template:
         chat = CHAT_TEMPLATE.replace("USER", json.dumps(template["user"]))
         settings["chat_template"] = chat.replace("ASSISTANT", json.dumps(template["assistant"]))

@@ -55,6 +55,7 @@ class GPTConfig:
     norm: str = "layer"  # layer | rms
     act: str = "gelu"  # gelu (tanh approximation, as in GPT-2) | gelu_erf (exact, as in nanoGPT) | relu2
     qk_norm: bool = False  # normalise queries and keys per head
+    embed_norm: bool = False  # normalise the embedding of each token
     softcap: float = 0.0  # logits -> c * tanh(logits / c); 0: off
     zero_init: bool = False  # residual projections start at zero instead of GPT-2's scaled normal
     attention: str = "fused"  # fused (the kernel torch prefers) | flash (never cuDNN's) | reference (written out)
@@ -85,7 +86,7 @@ class GPTConfig:
 # Shapes of GPT-2, of the five trainers in the README, and our own: what differs from GPTConfig's defaults.
 TOYGPT = dict(block_size=512, vocab_size=GPT2_TOKENS, pos="sinusoidal", head_bias=True)
 TINYSTORIES = dict(vocab_size=GPT2_TOKENS, tie_head=False, qkv_bias=False, dropout=0.1)
-MODERN = dict(bias=False, pos="rotary", norm="rms", act="relu2", qk_norm=True)
+MODERN = dict(bias=False, pos="rotary", norm="rms", act="relu2", qk_norm=True, embed_norm=True)  # NanoChat's
 CONFIGS = {
     "gpt2": {},
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
@@ -106,14 +107,18 @@ CONFIGS = {
 
 # -- the network
 
+def rms_norm(x, weight=None):
+    return F.rms_norm(x, x.shape[-1:], weight, eps=1e-5)
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # one kernel needs one dtype
+        return rms_norm(x, self.weight.to(x.dtype))  # one kernel needs one dtype
 
 
 def make_norm(cfg):
     if cfg.norm == "rms":
-        return RMSNorm(cfg.n_embd, eps=1e-5)
+        return RMSNorm(cfg.n_embd)
     return nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
 
 
@@ -184,7 +189,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.cfg.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, T, C) -> (B, nh, T, hs)
         if self.cfg.qk_norm:
-            q, k = (F.rms_norm(t, (t.size(-1),)) for t in (q, k))
+            q, k = rms_norm(q), rms_norm(k)
         if rotary is not None:
             cos, sin = (t.to(q.dtype) for t in rotary)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -324,6 +329,8 @@ class GPT(nn.Module):
             x = x + (wpe.weight[positions] if isinstance(positions, slice) else wpe(positions))
         elif self.cfg.pos == "sinusoidal":
             x = x + self.sinusoids[positions]
+        if self.cfg.embed_norm:
+            x = rms_norm(x)
         x = F.dropout(x, self.cfg.dropout, self.training).to(compute_dtype(x))
         rotary = None
         if self.cfg.pos == "rotary":
@@ -429,11 +436,11 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, eot=None):
         """
-        Writes config.json and the weights of a Hugging Face GPT-2 with the same logits for every token in use. `eot` is
-        the id of end-of-text; by default the last token in use.
+        Writes config.json and the weights of a Hugging Face GPT-2 or NanoChat with the same logits for every token in
+        use. `eot` is the id of end-of-text; by default the last token in use.
         """
         config = export_config(self.cfg, self.cfg.n_tokens - 1 if eot is None else eot, self.lm_head.weight.dtype)
-        weights = export_weights(self)
+        weights = nanochat_weights(self) if config["model_type"] == "nanochat" else gpt2_weights(self)
         os.makedirs(folder, exist_ok=True)
         write_json(os.path.join(folder, "config.json"), config)
         if importlib.util.find_spec("safetensors"):
@@ -445,18 +452,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """A Hugging Face GPT-2: a folder, or a name such as gpt2, gpt2-xl, owner/name"""
-        folder = name if os.path.isdir(name) else download_model(name)
-        with reading(folder, "a Hugging Face GPT-2"):
-            config, weights = read_hugging_face(folder)
-            cfg, imported = import_config(config, name), {}
-            for key, tensor in weights.items():
-                if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                    tensor = tensor.t()  # their Conv1D stores (in, out)
-                imported[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = tensor
-            if cfg.tie_head and "transformer.wte.weight" in imported:
-                imported["lm_head.weight"] = imported["transformer.wte.weight"]
-            return build_model(cfg, imported, name).eval()
+        """The model that load_checkpoint takes, alone"""
+        return load_checkpoint(name)[0]
 
 
 class KVCache:
@@ -687,34 +684,34 @@ def make_config(values, path):
     return GPTConfig(**values)
 
 
-def load_checkpoint(path, device="cpu"):
-    """-> the model, ready for use, and the rest of the checkpoint: step, tokenizer, settings, ..."""
-    ckpt = read_checkpoint(path)
-    if "version" not in ckpt:
-        with reading(path, "a checkpoint of train.py, nanoGPT or build-nanogpt"):
-            ckpt = convert_foreign(ckpt)
-    model = build_model(make_config(ckpt["model_config"], path), ckpt.pop("model"), path)
-    return model.to(device).eval(), ckpt
-
-
-def find_model(name):
-    """A checkpoint, a run's folder, a Hugging Face folder or name -> the model, and what else its files say (a dict)"""
+def load_checkpoint(name, device="cpu"):
+    """
+    A checkpoint, a run's folder, a Hugging Face folder or name -> the model, ready for use, and the rest as a dict:
+    tokenizer, and of a checkpoint step, settings, ...
+    """
     if os.path.isdir(os.path.join(name, "checkpoints")):
         name = newest_checkpoint(name)
     if os.path.isfile(name) or name.endswith(".pt"):
-        return load_checkpoint(name)
-    spec = os.path.join(name, TOKENIZER_SPEC)  # in an export of ours
-    return GPT.from_pretrained(name), read_spec(spec) if os.path.exists(spec) else {"tokenizer": {"name": "gpt2"}}
+        rest = read_checkpoint(name)
+        if "version" not in rest:
+            with reading(name, "a checkpoint of train.py, nanoGPT or build-nanogpt"):
+                rest = convert_foreign(rest)
+        model = build_model(make_config(rest["model_config"], name), rest.pop("model"), name)
+    else:
+        spec = os.path.join(name, TOKENIZER_SPEC)  # in an export of ours
+        rest = read_spec(spec) if os.path.exists(spec) else {"tokenizer": {"name": "gpt2"}}
+        model = load_hugging_face(name)
+    return model.to(device).eval(), rest
 
 
 def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
     """
-    What find_model takes, or None for the newest checkpoint of out_dir -> the model on its device, and what else its
-    files say, with a one-line description, `about`.
+    What load_checkpoint takes, or None for the newest checkpoint of out_dir -> the model on its device, and the rest,
+    with a one-line description, `about`.
     """
     device = pick_device(device)
     name = name or newest_checkpoint(out_dir)
-    model, known = find_model(name)
+    model, known = load_checkpoint(name)
     if known["tokenizer"] == {"name": "gpt2"}:
         if model.cfg.n_tokens < GPT2_TOKENS:
             raise UserError(f"{name} has a vocabulary of {model.cfg.n_tokens:,}; which tokenizer it needs is unknown")
@@ -768,6 +765,27 @@ def read_hugging_face(folder):
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
+def load_hugging_face(name):
+    """A GPT-2, or a NanoChat that we exported: a folder, or a name such as gpt2, gpt2-xl, owner/name -> the model"""
+    folder = name if os.path.isdir(name) else download_model(name)
+    with reading(folder, "a Hugging Face GPT-2"):
+        config, weights = read_hugging_face(folder)
+        convert = import_nanochat if config.get("model_type") == "nanochat" else import_gpt2
+        return build_model(*convert(config, weights, name), name)
+
+
+def import_gpt2(config, weights, name):
+    """-> GPTConfig and state dict"""
+    cfg, imported = import_config(config, name), {}
+    for key, tensor in weights.items():
+        if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            tensor = tensor.t()  # their Conv1D stores (in, out)
+        imported[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = tensor
+    if cfg.tie_head and "transformer.wte.weight" in imported:
+        imported["lm_head.weight"] = imported["transformer.wte.weight"]
+    return cfg, imported
+
+
 def import_config(config, name):
     """The config.json of a Hugging Face GPT-2 -> GPTConfig; an error if it differs from GPT-2 in what we lack"""
     if missing := {"n_positions", "vocab_size", "n_layer", "n_head", "n_embd"} - config.keys():
@@ -787,22 +805,29 @@ def import_config(config, name):
 
 
 def export_config(cfg, eot, dtype):
-    """GPTConfig -> the config.json of a Hugging Face GPT-2; an error if the model has what that lacks"""
+    """GPTConfig -> the config.json of a Hugging Face NanoChat or GPT-2; an error if the model has what both lack"""
+    common = dict(vocab_size=cfg.n_tokens, bos_token_id=eot, eos_token_id=eot, torch_dtype=str(dtype)[6:])
+    if {**vars(cfg), **MODERN} == vars(cfg) and not cfg.head_bias:
+        return dict(
+            **common, **NANOCHAT, **{theirs: getattr(cfg, ours) for theirs, ours in NANOCHAT_SHAPE.items()},
+            architectures=["NanoChatForCausalLM"], intermediate_size=4 * cfg.n_embd, pad_token_id=eot,
+            final_logit_softcapping=cfg.softcap or None)
     unsupported = {"pos": cfg.pos == "rotary", "norm": cfg.norm == "rms", "qk_norm": cfg.qk_norm,
-                   "softcap": cfg.softcap > 0, "head_bias": cfg.head_bias}
+                   "embed_norm": cfg.embed_norm, "softcap": cfg.softcap > 0, "head_bias": cfg.head_bias}
     for name, is_used in unsupported.items():
         if is_used:
-            raise UserError(f"cannot export a model with {name}={getattr(cfg, name)}: Hugging Face's GPT-2 lacks it")
+            needs = ", ".join(f"{k}={v}" for k, v in MODERN.items())
+            raise UserError(f"cannot export a model with {name}={getattr(cfg, name)}: Hugging Face's GPT-2 lacks it; "
+                            f"NanoChat needs {needs}")
     act = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}[cfg.act]
     return dict(
-        architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=cfg.n_tokens, n_positions=cfg.block_size,
+        **common, architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=cfg.block_size,
         n_ctx=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head, activation_function=act,
-        tie_word_embeddings=cfg.tie_head, layer_norm_epsilon=1e-5, bos_token_id=eot, eos_token_id=eot,
-        resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
-        torch_dtype=str(dtype).removeprefix("torch."))
+        tie_word_embeddings=cfg.tie_head, layer_norm_epsilon=1e-5, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout,
+        attn_pdrop=cfg.dropout)
 
 
-def export_weights(model):
+def gpt2_weights(model):
     cfg, weights = model.cfg, {k: v.cpu() for k, v in model.state_dict().items()}
     for k in ("transformer.wte.weight", "lm_head.weight"):
         weights[k] = weights[k][:cfg.n_tokens].clone()  # without the padding
@@ -816,3 +841,51 @@ def export_weights(model):
         if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is None:  # theirs always has one
             weights[f"{name}.bias"] = torch.zeros(len(module.weight), dtype=module.weight.dtype)
     return weights
+
+
+# What a NanoChat of ours has in its config.json, and what it calls our fields and matrices
+NANOCHAT = dict(model_type="nanochat", hidden_act="relu2", rms_norm_eps=1e-5, attention_bias=False,
+                tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
+NANOCHAT_SHAPE = dict(max_position_embeddings="block_size", num_hidden_layers="n_layer", num_attention_heads="n_head",
+                      num_key_value_heads="n_head", hidden_size="n_embd")
+NANOCHAT_MATRICES = {"self_attn.o_proj": "attn.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+
+
+def swap_halves(weight, n_head):
+    """The two halves of each head exchanged, since NanoChat turns queries and keys the other way.  (C, C) -> (C, C)"""
+    return weight.view(n_head, 2, -1, weight.size(1)).flip(1).reshape(weight.shape)  # (nh, 2, hs/2, C)
+
+
+@torch.no_grad()
+def nanochat_weights(model):
+    """NanoChat's norms have no gains: the matrices that follow them are multiplied instead."""
+    n, n_head = model.cfg.n_tokens, model.cfg.n_head
+    weights = {"model.embed_tokens.weight": model.transformer.wte.weight[:n],
+               "lm_head.weight": model.lm_head.weight[:n] * model.transformer.ln_f.weight}
+    for i, block in enumerate(model.transformer.h):
+        q, k, v = (block.attn.c_attn.weight * block.ln_1.weight).chunk(3)
+        matrices = {theirs: block.get_submodule(ours).weight for theirs, ours in NANOCHAT_MATRICES.items()}
+        matrices["mlp.fc1"] = matrices["mlp.fc1"] * block.ln_2.weight
+        qkv = {"q": swap_halves(q, n_head), "k": swap_halves(k, n_head), "v": v}
+        matrices.update({f"self_attn.{x}_proj": matrix for x, matrix in qkv.items()})
+        weights.update({f"model.layers.{i}.{name}.weight": matrix for name, matrix in matrices.items()})
+    return {name: weight.cpu().clone() for name, weight in weights.items()}
+
+
+def import_nanochat(config, weights, name):
+    """-> GPTConfig and state dict, of what nanochat_weights wrote"""
+    if differing := [key for key, value in NANOCHAT.items() if config.get(key) != value]:
+        raise UserError(f"{name} has {differing[0]}={config.get(differing[0])}; supported is {NANOCHAT[differing[0]]}")
+    cfg = make_config(dict(
+        **MODERN, **{ours: config[theirs] for theirs, ours in NANOCHAT_SHAPE.items()}, vocab_size=config["vocab_size"],
+        softcap=config["final_logit_softcapping"] or 0.0, tie_head=False), name)
+    gain = torch.ones(cfg.n_embd)
+    imported = {"transformer.wte.weight": weights["model.embed_tokens.weight"], "transformer.ln_f.weight": gain,
+                "lm_head.weight": weights["lm_head.weight"]}
+    for i in range(cfg.n_layer):
+        theirs, ours = f"model.layers.{i}.", f"transformer.h.{i}."
+        q, k, v = (weights[f"{theirs}self_attn.{x}_proj.weight"] for x in "qkv")
+        imported[f"{ours}attn.c_attn.weight"] = torch.cat((swap_halves(q, cfg.n_head), swap_halves(k, cfg.n_head), v))
+        imported |= {f"{ours}{b}.weight": weights[f"{theirs}{a}.weight"] for a, b in NANOCHAT_MATRICES.items()}
+        imported |= {f"{ours}{norm}.weight": gain for norm in ("ln_1", "ln_2")}
+    return cfg, imported

@@ -46,7 +46,7 @@ import hellaswag
 from data_loader import DataLoader, Pairs
 from dataset import UserError
 from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_SIZE, GPTConfig, autocast, build_model,
-                   checkpoint_step, find_checkpoints, find_model, make_config, open_model, pick_device, pick_dtype,
+                   checkpoint_step, find_checkpoints, load_checkpoint, make_config, open_model, pick_device, pick_dtype,
                    read_checkpoint, use_large_pages)
 
 # -- hyperparameters: each is an option of the command line
@@ -645,7 +645,7 @@ def new_model(n_tokens):
 
 def initial_model(settings, asked):
     """The model that init_from names, and its tokenizer's spec. Its shape goes into the settings."""
-    model, known = find_model(settings["init_from"])
+    model, known = load_checkpoint(settings["init_from"])
     chosen = {**RECIPES[settings["recipe"]], **asked}
     check_fixed(dataclasses.asdict(model.cfg), chosen, settings["init_from"])
     for name in MAY_CHANGE:
