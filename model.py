@@ -166,7 +166,7 @@ def linear(x, weight, bias=None):
     # For one row a CPU is limited by reading the weights, and half precision is twice as fast. From about eight rows
     # on, a CPU without bfloat16 instructions is faster in float32, although the weights must be converted first.
     is_half, rows = weight.dtype in (torch.bfloat16, torch.float16), x.numel() // x.size(-1)
-    if is_half and x.device.type == "cpu" and rows >= 8 and not cpu_has_bfloat16():
+    if is_half and x.device.type == "cpu" and rows >= 8 and not cpu_computes_in(torch.bfloat16):
         bias = None if bias is None else bias.float()
         return F.linear(x.float(), weight.float(), bias).to(x.dtype)
     return F.linear(x, weight, bias)
@@ -462,7 +462,7 @@ class KVCache:
     def __init__(self, model, B):
         cfg, weight = model.cfg, model.transformer.wte.weight
         dtype = compute_dtype(weight)
-        if weight.device.type == "cpu" and not cpu_has_bfloat16():
+        if weight.device.type == "cpu" and not cpu_computes_in(torch.bfloat16):
             dtype = torch.float32  # with one query at a time, five times as fast as half precision
         shape = (cfg.n_layer, B, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
         self.k = torch.zeros(shape, dtype=dtype, device=weight.device)
@@ -551,13 +551,14 @@ def pick_dtype(name, device):
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_computes_in(torch.bfloat16) else torch.float32
 
 
 @functools.cache
-def cpu_has_bfloat16():
+def cpu_computes_in(dtype):
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
-    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}[dtype]
+    return any(cpu.get(name) for name in names)
 
 
 # -- checkpoints

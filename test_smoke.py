@@ -2239,9 +2239,26 @@ def test_the_test_split_is_measured_in_full_and_only_at_the_end(recipes):
     assert list(found) == [5] and found[5].endswith(f"tokens={n_windows * 64}")
 
 
-def test_float16_trains_with_a_scaler_that_checkpoints_keep(recipes):
-    ckpt = read_checkpoint(str(recipes[0] / "custom-gpt/checkpoints/model_000005.pt"))
+def test_float16_trains_with_a_scaler_that_checkpoints_keep(workspace, tmp_path):
+    options = [*FAST, "--dtype=float16", "--max_steps=5", f"--out_dir={tmp_path}"]
+    run_ok(here("train.py"), *options, cwd=workspace)
+    ckpt = read_checkpoint(find_checkpoints(str(tmp_path))[-1])
     assert ckpt["train_config"]["dtype"] == "float16" and ckpt["scaler"]["_growth_tracker"] == 5
+
+
+def test_a_recipes_float16_becomes_float32_on_a_cpu_that_is_slow_in_it(recipes):
+    is_slow = not model_file.cpu_computes_in(torch.float16)
+    for r in recipes[1]["custom-gpt"][:2]:
+        assert ("training in float32: this CPU" in r.stdout) == is_slow
+    ckpt = read_checkpoint(str(recipes[0] / "custom-gpt/checkpoints/model_000005.pt"))
+    assert bool(ckpt["scaler"]) != is_slow and ckpt["train_config"]["dtype"] == "float16"
+
+
+def test_the_last_words_of_a_run_say_how_to_go_on(recipes):
+    *_, try_it, result = recipes[1]["tinystories"][0].stdout.splitlines()
+    assert try_it == "tinystories/checkpoints/model_000005.pt; to try it: python eval.py --out_dir=tinystories"
+    result = json.loads(result)
+    assert result["step"] == 5 and result["tokens"] == 5 * 256 and result["usd"] == 0 and result["hellaswag"] is None
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -2998,9 +3015,9 @@ def test_a_run_in_bfloat16_logs_the_loss_that_eval_measures(workspace, tmp_path)
 
 def test_float16_is_refused_where_torch_has_no_scaler(monkeypatch):
     set_globals(monkeypatch, dtype="float16")
-    assert train.training_dtype(torch.device("cpu")) == torch.float16
+    assert train.training_dtype(torch.device("cpu"), {"dtype": "float16"}) == torch.float16
     with pytest.raises(UserError, match="dtype=float16 needs a loss scaler"):
-        train.training_dtype(torch.device("mps"))
+        train.training_dtype(torch.device("mps"), {})
 
 
 def test_garbage_is_collected_when_a_run_is_evaluated_and_never_in_between(workspace, observer, tmp_path):

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -46,8 +47,8 @@ import hellaswag
 from data_loader import DataLoader, Pairs
 from dataset import UserError
 from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_SIZE, GPTConfig, autocast, build_model,
-                   checkpoint_step, find_checkpoints, load_checkpoint, make_config, open_model, pick_device, pick_dtype,
-                   read_checkpoint, use_large_pages)
+                   checkpoint_step, cpu_computes_in, find_checkpoints, load_checkpoint, make_config, open_model,
+                   pick_device, pick_dtype, read_checkpoint, use_large_pages)
 
 # -- hyperparameters: each is an option of the command line
 
@@ -543,9 +544,13 @@ def all_sum(device, *numbers):
     return total.tolist()
 
 
-def training_dtype(device):
+def training_dtype(device, asked, is_main=True):
     """What matrices are multiplied in; the weights and the optimizer's moments are in float32."""
     picked = pick_dtype(dtype, device)
+    if picked == torch.float16 and device.type == "cpu" and "dtype" not in asked and not cpu_computes_in(picked):
+        if is_main:
+            print("training in float32: this CPU is very slow in the recipe's float16 (--dtype=float16 insists)")
+        return torch.float32
     if picked == torch.float16 and device.type == "mps":
         raise UserError("dtype=float16 needs a loss scaler, which torch does not have for mps; use bfloat16 or float32")
     return picked
@@ -886,6 +891,7 @@ def new_run():
     return dict(
         step=0, evaluated=False,  # whether this step has been evaluated
         last_val=dict(step=-1, loss=math.inf, bpb=math.nan), best=dict(step=-1, loss=math.inf, bpb=math.nan),
+        hella=math.nan,  # last HellaSwag score
         recent=[],  # (loss, norm) of the last steps
         skipped=0,  # steps in a row until now
         seconds=0.0, usd=0.0, tokens=0, wandb_id=None)
@@ -1216,6 +1222,7 @@ def evaluate(run, log, model, held_out, byte_lengths, examples, enc, template, B
         acc, by_token, by_byte, n, stopped = all_sum(device, *counts, should_stop())
         if stopped:
             return False
+        run["hella"] = by_token / n
         if log:
             log.record(step, "hella", by_token / n, f"HellaSwag {by_token / n:.4f}", acc=f"{acc / n:.4f}",
                        by_byte=f"{by_byte / n:.4f}", examples=int(n))
@@ -1296,9 +1303,15 @@ def print_summary(run, stopped, problem):
     if patience and run["best"]["step"] >= 0:
         print(f"best: step {run['best']['step']}, validation loss {run['best']['loss']:.4f}: "
               f"{checkpoint_path(run['best']['step'])}")
-    loss, bpb = (run["last_val"][k] if math.isfinite(run["last_val"][k]) else None for k in ("loss", "bpb"))
+    if stopped:
+        print("to continue: the same command with --resume")
+    elif paths := find_checkpoints(out_dir):
+        where = "" if out_dir == "." else f" --out_dir={shlex.quote(out_dir)}"
+        print(f"{paths[-1]}; to try it: python eval.py{where}")
+    values = dict(val_loss=run["last_val"]["loss"], bpb=run["last_val"]["bpb"], hellaswag=run["hella"], usd=run["usd"])
+    values = {name: value if math.isfinite(value) else None for name, value in values.items()}
     print(json.dumps(dict(recipe=recipe, step=run["step"], tokens=run["tokens"], seconds=round(run["seconds"], 1),
-                          val_step=run["last_val"]["step"], val_loss=loss, bpb=bpb)))
+                          val_step=run["last_val"]["step"], **values)))
 
 
 # -- the run, from top to bottom
@@ -1340,7 +1353,7 @@ if __name__ == "__main__":
         torch.use_deterministic_algorithms(True)
     # With masks cuDNN's attention can return NaN in the backward pass (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(attention == "fused" and not doc_mask)
-    amp_dtype = training_dtype(device)
+    amp_dtype = training_dtype(device, asked, is_main)
     amp_name = str(amp_dtype).removeprefix("torch.")
 
     # 2. Data and model. raw_model is the bare network; `model`, below, may be wrapped in DDP.
