@@ -29,6 +29,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -50,6 +51,8 @@ SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 100_000_000  # the default size of a shard
 BPE_BYTES = 200_000_000  # text that bpe:N is trained on
 BATCH_CHARS = 1 << 20  # of text files, encoded at a time by a thread
+TRIES, MAX_BACKOFF = 8, 60  # of a request; seconds between two
+RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 MANIFEST, PROGRESS = "meta.json", "progress.npz"
 MANIFEST_VERSION = 2
 TOKENIZER_NAME = r"gpt2|byte|bpe:\d+(_\d+)*"
@@ -767,29 +770,97 @@ def cut_document(text, piece_chars):
 
 def read_dataset(name, column, options, state):
     """Rows of a Hugging Face dataset, from the hub or from local files, as a stream"""
+    hint = ", or use a local file: --source=FILE.txt, .jsonl or .parquet"
+    failures, reached = 0, False
+    while True:
+        try:
+            for texts, state in read_stream(name, column, options, state):
+                failures, reached = 0, True
+                yield [(text, True) for text in texts if text], state
+            return
+        except Exception as e:
+            failures += 1
+            wait_or_raise(e, name, failures, hint, reached)
+
+
+def read_stream(name, column, options, state):
+    """Yields (the texts of some rows, the state after them)."""
     import datasets
     datasets.disable_progress_bars()
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # errors are reported below
+    datasets.config.STREAMING_READ_MAX_RETRIES = 5
+    report_retries("datasets", "huggingface_hub")
+    if "data_files" not in options:
+        config = f", config {options['name']}" if options["name"] else ""
+        print(f"reading {options['path']}{config} from the Hugging Face hub", flush=True)
     try:
         stream = datasets.load_dataset(split="train", streaming=True, **options)
-        if state:
-            stream.load_state_dict(state)
-        for rows in stream.iter(batch_size=256):
-            if column not in rows:
-                raise UserError(f"{name} has no column {column!r}; choose one with --column: {', '.join(rows)}")
-            for value in rows[column]:
-                if not isinstance(value, (str, type(None))):
-                    raise UserError(f"column {column!r} of {name} holds {type(value).__name__}, not text")
-            yield [(value, True) for value in rows[column] if value], stream.state_dict()
     except datasets.exceptions.DatasetNotFoundError:
-        raise UserError(f"{name} is not on the Hugging Face hub, or needs a login (huggingface-cli login)") from None
-    except ConnectionError:
-        raise UserError(f"cannot reach the Hugging Face hub for {name}; check the network and run the command again, "
-                        "or use a local file: --source=FILE.txt, .jsonl or .parquet") from None
-    # pyarrow's errors are ValueErrors; a dataset that is a script raises a RuntimeError
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as e:
-        raise UserError(f"cannot read {name}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+        raise UserError(f"{name} is not on the Hugging Face hub, or needs a login (hf auth login)") from None
+    if state:
+        stream.load_state_dict(state)
+    for rows in stream.iter(batch_size=256):
+        if column not in rows:
+            raise UserError(f"{name} has no column {column!r}; choose one with --column: {', '.join(rows)}")
+        for value in rows[column]:
+            if not isinstance(value, (str, type(None))):
+                raise UserError(f"column {column!r} of {name} holds {type(value).__name__}, not text")
+        yield rows[column], stream.state_dict()
+
+
+def report_retries(*libraries):
+    """Of what these libraries log, shows only that they try again."""
+    def emit(record):
+        if "retry" in record.getMessage().lower():
+            print(record.getMessage(), file=sys.stderr, flush=True)
+
+    handler = logging.Handler()
+    handler.emit = emit
+    for library in libraries:
+        logger = logging.getLogger(library)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.WARNING)
+
+
+def ask_hub(name, request, hint):
+    """-> request(), a call of a library that talks to the Hugging Face hub"""
+    report_retries("datasets", "huggingface_hub")
+    for failures in itertools.count(1):
+        try:
+            return request()
+        except Exception as e:
+            wait_or_raise(e, name, failures, hint)
+
+
+def wait_or_raise(error, name, failures, hint, reached=False):
+    """After a request to the hub failed: waits if it may succeed later; else a UserError says what is wrong."""
+    if isinstance(error, UserError):
+        raise error
+    problem = ": ".join([type(error).__name__, *str(error).splitlines()[:1]]).rstrip(".")
+    kind = outage(error)
+    if not kind:
+        raise UserError(f"cannot read {name}: {problem}") from None
+    if failures == TRIES or kind == "no connection" and not reached:
+        raise UserError(f"cannot read {name} from the Hugging Face hub ({problem}); check the network and run the "
+                        f"command again{hint}") from None
+    seconds = min(MAX_BACKOFF, 2**failures)
+    print(f"{name}: {problem}; trying again in {seconds} s", file=sys.stderr, flush=True)
+    time.sleep(seconds)
+
+
+def outage(error):
+    """
+    -> "no connection", "no answer", or "" if the same request would fail again. The libraries raise errors of a dozen
+    others, in chains.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status:
+        return "no answer" if status in RETRY_STATUS else ""
+    if re.search("Connect(ion)?Error|Offline", type(error).__name__):
+        return "no connection"
+    is_of_http = re.match("httpx|httpcore|requests|urllib3|aiohttp", type(error).__module__)
+    if is_of_http or isinstance(error, (ConnectionError, TimeoutError)):
+        return "no answer"
+    return outage(error.__cause__) if error.__cause__ else ""
 
 
 # -- from sources to shards
@@ -934,6 +1005,10 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
             else:
                 shards = write_shards(out, sources, spec, settings, tokens)
                 print(f"{out}: {count_line(shards)}", flush=True)
+    except UserError:
+        if os.listdir(out) == [".lock"]:  # nothing could be read
+            shutil.rmtree(out)
+        raise
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
     return out
@@ -983,11 +1058,13 @@ def write_shards(out, sources, spec, settings, expected_tokens):
     if state is None:
         spec = spec if is_trained(spec) else train_tokenizer(sources, spec["name"], settings)
         state = dict(settings=settings, tokenizer=spec, position=(0, None, 0, 0), shards=[])
-        save_progress(out, state, {})
     enc = get_tokenizer(state["tokenizer"])
     writer = ShardWriter(out, settings["shard_tokens"], enc, state["shards"], pending)
     batches = read_batches(sources, state["position"], split_shares(settings["splits"]), settings["max_bytes"])
     written = sum(shard["tokens"] for shard in writer.shards) + sum(map(len, pending.values()))
+    first = list(itertools.islice(batches, 1))  # what cannot be read leaves no files, and connecting is not counted
+    save_progress(out, state, {split: np.concatenate(writer.pending[split]) for split in SPLITS})
+    batches = itertools.chain(first, batches)
     with contextlib.closing(encode_batches(batches, enc)) as encoded, \
             progress_bar(expected_tokens or None, "tokens", written) as bar:
         for tokens_by_split, position in encoded:
@@ -1188,10 +1265,9 @@ def check_pairs(source, tokenizer="gpt2", strict=False):
 # -- pairs from a server with OpenAI's chat completions API
 
 KEY = "OPENAI_API_KEY"  # an environment variable; the key goes into requests and nowhere else
-TRIES, MAX_BACKOFF, TIMEOUT = 8, 60, 300  # tries per prompt; seconds between tries, and for a response
+TIMEOUT = 300  # seconds for a response
 MAX_ANSWER = 1 << 24  # bytes of an answer; the rest is not read
 MAX_FAILURES = 10  # prompts in a row that the server fails to answer, before giving up
-RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 def synthesize(prompts=None, endpoint=None, model=None, request="{}", concurrency=8, out="data/synth.jsonl"):

@@ -20,8 +20,8 @@ import math
 import torch
 from torch import nn
 
-from dataset import (Parser, UserError, dtype_name, encode_text, get_tokenizer, positive, progress_bar, read_lines,
-                     start_script)
+from dataset import (Parser, UserError, ask_hub, dtype_name, encode_text, get_tokenizer, positive, progress_bar,
+                     read_lines, start_script)
 from model import autocast, isolate_documents, open_model, pick_dtype
 
 MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
@@ -86,13 +86,10 @@ def bits_per_byte(nats, n_bytes):
 
 def download():
     """The validation examples, from the Hugging Face hub or its cache"""
-    try:
-        import datasets
-        datasets.disable_progress_bars()
-        return list(datasets.load_dataset("Rowan/hellaswag", split="validation"))
-    except Exception as e:  # many types, from several libraries
-        raise UserError(f"cannot download HellaSwag ({type(e).__name__}); check the network, or name a file of "
-                        "examples with hellaswag.py --data") from None
+    import datasets
+    datasets.disable_progress_bars()
+    hint = ", or name a file of examples with hellaswag.py --data"
+    return list(ask_hub("Rowan/hellaswag", lambda: datasets.load_dataset("Rowan/hellaswag", split="validation"), hint))
 
 
 def read_examples(path, limit=None):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from dataset import (TOKENIZER_SPEC, UserError, check_spec, check_types, read_json, read_spec, reading,
+from dataset import (TOKENIZER_SPEC, UserError, ask_hub, check_spec, check_types, read_json, read_spec, reading,
                      write_atomically, write_json)
 
 GPT2_TOKENS = 50257
@@ -736,19 +736,21 @@ def download_model(name):
         names.reverse()
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-        for weights in names:
-            folder = snapshot_download(repository, allow_patterns=["config.json", weights])
-            if os.path.exists(os.path.join(folder, weights)):
-                break
-        return folder
+        from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
+        validate_repo_id(repository)
     except ImportError:
         raise UserError("downloading a model needs a package: pip install huggingface_hub") from None
     except HFValidationError:
         raise UserError(f"there is no {name}; name a checkpoint, a folder, or a model of the hub, owner/name") from None
-    except Exception as e:  # a dozen types from two libraries: no network, no such model, no permission
-        raise UserError(f"cannot get {repository} from the Hugging Face hub ({type(e).__name__}); check the name and "
-                        "the network, or name a local folder") from None
+    print(f"reading {repository} from the Hugging Face hub", file=sys.stderr)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    for weights in names:
+        download = functools.partial(snapshot_download, repository, allow_patterns=["config.json", weights])
+        folder = ask_hub(repository, download, ", or name a local folder")
+        if os.path.exists(os.path.join(folder, weights)):
+            break
+    return folder
 
 
 def read_hugging_face(folder):

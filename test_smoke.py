@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import warnings
 from collections import Counter
 
@@ -864,6 +865,9 @@ def test_a_hundred_documents_in_a_row_have_the_shares_asked_for(shares):
         assert tuple(found[split] for split in ("train", "val", "test")) == shares
 
 
+EXAMPLE = {"ctx": "A cat", "label": "1", "endings": ["sat", "is", "ran", "x"]}
+
+
 def hub_card(config, path):
     return f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {path}\n---\n"
 
@@ -871,44 +875,251 @@ def hub_card(config, path):
 # Where the files of a dataset lie on the hub, and what its card says of them
 SAMPLE_10BT = ("sample/10BT/000_00000.parquet", hub_card("sample-10BT", "sample/10BT/*"))
 HUB = {
-    "fineweb-edu": SAMPLE_10BT, "fineweb": SAMPLE_10BT, "custom-gpt": SAMPLE_10BT,
-    "tinystories": ("data/train-00000-of-00001.parquet", None),
-    "wikisource": ("20231201.en/train-00000-of-00001.parquet", hub_card("20231201.en", "20231201.en/train-*")),
-    "redpajama-sample": ("default/train/0000.parquet", None)}
+    "HuggingFaceFW/fineweb-edu": SAMPLE_10BT, "HuggingFaceFW/fineweb": SAMPLE_10BT,
+    "roneneldan/TinyStories": ("data/train-00000-of-00001.parquet", None),
+    "wikimedia/wikisource": (
+        "20231201.en/train-00000-of-00001.parquet", hub_card("20231201.en", "20231201.en/train-*")),
+    "togethercomputer/RedPajama-Data-1T-Sample": ("RedPajama-Data-1T-Sample.py", None),
+    "togethercomputer/RedPajama-Data-1T-Sample@parquet": ("default/train/0000.parquet", None)}
+MAIN, PARQUET = "0" * 40, "1" * 40  # commits of the branches main and refs/convert/parquet
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The hub's named datasets, a few stories each, in folders laid out as theirs; the real `datasets` streams them."""
+class Hub(http.server.BaseHTTPRequestHandler):
+    """
+    Answers as the Hugging Face hub does, with the files below server.root, except where server.fault says: what goes
+    wrong, for which requests, how many times. OWNER/NAME-copyN is OWNER/NAME under another name.
+    """
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        address = urllib.parse.urlsplit(self.path)
+        path, server = urllib.parse.unquote(address.path), self.server
+        if path.startswith("/fault/"):
+            what, where, times = path.split("/")[2:]
+            server.fault = dict(what=what, where=where, left=int(times))
+            return self.reply({})
+        if path == "/api/agent-harnesses":  # statistics of the library's makers
+            return self.reply({})
+        where = "api" if path.startswith("/api/") else "card" if path.endswith("README.md") else "data"
+        fault = server.fault
+        if fault["where"] == where and fault["left"] and (self.command, fault["what"]) != ("HEAD", "half"):
+            fault["left"] -= 1
+            return self.fail(fault["what"])
+        match = re.fullmatch(
+            "(?:/api)?/(?:(datasets|models)/)?([^/]+/[^/]+?)(?:-copy[0-9]+)?(?:/(revision|tree|paths-info|resolve)/"
+            "(main|refs/convert/parquet|[01]{40})(?:/(.*))?)?", path)
+        kind, name, action, revision, file = match.groups()
+        is_parquet = revision in ("refs/convert/parquet", PARQUET)
+        folder = server.root / (kind or "models") / (name + "@parquet" * is_parquet)
+        file, commit = folder / (file or ""), PARQUET if is_parquet else MAIN
+        if not folder.is_dir():
+            return self.missing("RepoNotFound")
+        if action == "resolve":
+            return self.send_file(file, commit) if file.is_file() else self.missing("EntryNotFound")
+        if action == "paths-info":
+            paths = json.loads(body)["paths"] if body[0] == "{" else urllib.parse.parse_qs(body)["paths"]
+            return self.reply([self.entry(folder, folder / path) for path in paths if (folder / path).exists()])
+        if action == "tree":
+            found = file.glob("**/*" if "recursive=true" in address.query.lower() else "*")
+            return self.reply([self.entry(folder, path) for path in sorted(found)])
+        files = [dict(rfilename=str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file()]
+        self.reply(dict(id=name, sha=commit, siblings=files, private=False, gated=False, tags=[]))
+
+    do_HEAD = do_POST = do_GET
+
+    def entry(self, folder, path):
+        kind = "directory" if path.is_dir() else "file"
+        return dict(type=kind, path=str(path.relative_to(folder)), oid=MAIN, size=path.stat().st_size)
+
+    def send_file(self, path, commit):
+        data, n = path.read_bytes(), path.stat().st_size
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not part:
+            return self.reply(data, 200, headers)
+        begin, end = int(part[1]), min(n, int(part[2] or n) + 1)
+        self.reply(data[begin:end], 206, {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{n}"})
+
+    def missing(self, code):
+        self.reply({"error": code}, 404, {"X-Error-Code": code})
+
+    def reply(self, body, status=200, headers={}, sent=None):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:sent])
+
+    def fail(self, what):
+        if what.isdigit():
+            return self.reply({"error": "?"}, int(what), {"Retry-After": "1"} if what == "429" else {})
+        if what == "html":
+            return self.reply(b"<html>log in</html>", 200, {"Content-Type": "text/html"})
+        if what == "hang":
+            time.sleep(5)
+        if what == "half":
+            headers = {"X-Repo-Commit": MAIN, "ETag": '"0"', "Content-Range": "bytes 0-999/2000"}
+            self.reply(b"x" * 1000, 206 if "Range" in self.headers else 200, headers, sent=500)
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """The hub's named datasets, a few stories each, and a GPT-2.  -> the environment in which libraries use it"""
     import pyarrow
     import pyarrow.parquet
+    root = tmp_path_factory.mktemp("hub")
     for name, (path, card) in HUB.items():
-        file = tmp_path / "hub" / name / path
+        file = root / "datasets" / name / path
         file.parent.mkdir(parents=True)
         pyarrow.parquet.write_table(pyarrow.table({"id": list(range(120)), "text": stories(120)}), file)
         if card:
-            (tmp_path / "hub" / name / "README.md").write_text(card)
-        row = {**dataset.SOURCES[name], "hub": str(tmp_path / "hub" / name), "tokens": 0}
-        monkeypatch.setitem(dataset.SOURCES, name, row)
-    monkeypatch.chdir(tmp_path)
+            (root / "datasets" / name / "README.md").write_text(card)
+    for name in ("openai-community/gpt2", "some/gpt2"):
+        GPT(small(vocab_size=50257)).save_pretrained(str(root / "models" / name))
+    (root / "datasets/Rowan/hellaswag").mkdir(parents=True)
+    (root / "datasets/Rowan/hellaswag/validation.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.root, server.fault = root, dict(what="", where="", left=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = str(tmp_path_factory.mktemp("home"))
+    return dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HOME=home, HF_HOME=home, HF_HUB_OFFLINE="0",
+                HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1")
 
 
-@pytest.mark.parametrize("name", HUB)
-def test_a_named_source_is_prepared_from_files_laid_out_as_the_hubs(hub, name):
-    folder = dataset.prepare(name, None if name == "custom-gpt" else "byte", shard_tokens=10_000)
-    tokens = read_split(folder, "val") + read_split(folder, "train")
-    documents = get_tokenizer(folder).decode(tokens).split(EOT)[1:]
-    assert folder == f"data/{name}" and sorted(documents) == sorted(stories(120))
+def fail_hub(hub, what, where, times):
+    requests.get(f"{hub['HF_ENDPOINT']}/fault/{what}/{where}/{times}")
 
 
-def test_toygpts_two_sources_are_divided_98_1_1(hub):
-    manifest = json.load(open(dataset.prepare("toygpt", "byte") + "/meta.json"))
-    assert {s["split"]: s["documents"] for s in manifest["shards"]} == {"train": 232, "val": 4, "test": 4}
+NAMED_SOURCES = ("fineweb-edu", "fineweb", "custom-gpt", "tinystories", "wikisource", "redpajama-sample", "toygpt")
+STORIES = "hf:HuggingFaceFW/fineweb-edu-copy{}:sample-10BT"
+PASSING = [(what, where, 2) for what in ("drop", "429", "500") for where in ("api", "card", "data")] + [
+    ("half", "data", 2), ("hang", "data", 2), ("hang", "api", 1)]
+LASTING = {("drop", "api"): "cannot read .* check the network", ("500", "data"): "check the network",
+           ("429", "api"): "429", ("401", "api"): "401",
+           ("html", "data"): "not a parquet file", ("html", "api"): "JSON",
+           ("half", "data"): "check the network", ("drop", "card"): "check the network"}
+HUB_DRIVER = """
+import json, os, sys, time, requests, dataset
+time.sleep = lambda seconds: None
+for source, tokenizer, out, fault in json.loads(sys.argv[1]):
+    requests.get(f"{os.environ['HF_ENDPOINT']}/fault/{fault}")
+    print("source", source)
+    try:
+        dataset.prepare(source, tokenizer, out=out, shard_tokens=10_000)
+    except dataset.UserError as e:
+        print("error", e)
+"""
 
 
-def test_custom_gpts_tokenizer_has_its_special_tokens(hub):
-    enc = get_tokenizer(dataset.prepare("custom-gpt"))
+@pytest.fixture(scope="session")
+def from_hub(hub, tmp_path_factory):
+    """Every named source, and one dataset with every fault.  -> the folder, {source or fault: what was printed}"""
+    folder, jobs, none = tmp_path_factory.mktemp("from_hub"), {}, "none/none/0"
+    for name in NAMED_SOURCES:
+        jobs[name] = (name, None if name == "custom-gpt" else "byte", name, none)
+    for what, where, times in [*PASSING, *((*fault, 10**6) for fault in LASTING)]:
+        out = f"{what}-{where}-{times}"
+        jobs[what, where, times] = (STORIES.format(len(jobs)), "byte", out, f"{what}/{where}/{times}")
+    jobs["no config"] = ("hf:HuggingFaceFW/fineweb:nope", "byte", "no config", none)
+    jobs["no such"] = ("hf:no/such", "byte", "no such", none)
+    command = [sys.executable, "-c", HUB_DRIVER, json.dumps(list(jobs.values()))]
+    env = {**os.environ, "PYTHONPATH": HERE, "TQDM_DISABLE": "1", **hub}
+    r = subprocess.run(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert r.returncode == 0, r.stdout[-3000:]
+    fail_hub(hub, "none", "none", 0)
+    return folder, dict(zip(jobs, re.split(r"^source .*\n", r.stdout, flags=re.MULTILINE)[1:]))
+
+
+def hub_documents(folder):
+    tokens = [t for split in ("train", "val", "test") for t in read_split(folder, split)]
+    return sorted(get_tokenizer(str(folder)).decode(tokens).split(EOT)[1:])
+
+
+@pytest.mark.parametrize("name", NAMED_SOURCES)
+def test_a_named_source_is_read_from_the_hub(from_hub, name):
+    folder, printed = from_hub
+    assert hub_documents(folder / name) == sorted(stories(120) * (2 if name == "toygpt" else 1))
+    assert "reading " in printed[name] and " from the Hugging Face hub" in printed[name]
+
+
+def test_toygpts_two_sources_are_divided_98_1_1(from_hub):
+    manifest = json.load(open(from_hub[0] / "toygpt/meta.json"))
+    counts = Counter()
+    for shard in manifest["shards"]:
+        counts[shard["split"]] += shard["documents"]
+    assert counts == {"train": 232, "val": 4, "test": 4}
+
+
+def test_custom_gpts_tokenizer_has_its_special_tokens(from_hub):
+    enc = get_tokenizer(str(from_hub[0] / "custom-gpt"))
     assert enc.special_tokens_set == {"<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"}
+
+
+@pytest.mark.parametrize("what, where, times", PASSING)
+def test_a_fault_of_the_hub_that_passes_costs_no_document(from_hub, what, where, times):
+    folder, printed = from_hub
+    text = printed[what, where, times]
+    assert hub_documents(folder / f"{what}-{where}-{times}") == sorted(stories(120)), text
+    assert "trying again in" in text or re.search("retry", text, re.IGNORECASE), text
+
+
+@pytest.mark.parametrize("what, where", LASTING)
+def test_a_fault_of_the_hub_that_stays_is_one_line_and_leaves_nothing(from_hub, what, where):
+    folder, printed = from_hub
+    [error] = [line for line in printed[what, where, 10**6].splitlines() if line.startswith("error")]
+    assert re.search(LASTING[what, where], error) and "\n" not in error.strip()
+    assert not (folder / f"{what}-{where}-{10**6}").exists()
+
+
+def test_what_the_hub_does_not_have_is_said_and_leaves_nothing(from_hub):
+    folder, printed = from_hub
+    assert "'nope' not found. Available: ['sample-10BT']" in printed["no config"]
+    assert "is not on the Hugging Face hub, or needs a login" in printed["no such"]
+    assert not (folder / "no config").exists() and not (folder / "no such").exists()
+
+
+def test_a_preparation_from_the_hub_that_is_killed_continues(hub, tmp_path):
+    options = ["--source=toygpt", "--tokenizer=byte", "--shard_tokens=5000"]
+    code = "import dataset, sys; dataset.start_script(); dataset.BATCH = 1; dataset.main()"
+    env = {**os.environ, "PYTHONPATH": HERE, **hub}
+
+    def prepare(out):
+        return subprocess.Popen([sys.executable, "-c", code, *options, f"--out={out}"], cwd=tmp_path, env=env,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert prepare("whole").wait(60) == 0
+    expected = digest(tmp_path / "whole")
+    p = prepare("cut")
+    while p.poll() is None and not list((tmp_path / "cut").glob("*.bin")):
+        time.sleep(0.001)
+    p.kill()
+    p.wait()
+    assert not (tmp_path / "cut/meta.json").exists(), "it was too fast to be killed"
+    assert prepare("cut").wait(60) == 0 and digest(tmp_path / "cut") == expected
+
+
+@needs_gpt2
+@pytest.mark.parametrize("name", ["gpt2", "some/gpt2"])
+def test_models_and_hellaswag_are_downloaded_although_the_hub_fails_at_first(hub, tmp_path, name):
+    fail_hub(hub, "drop", "api", 1)
+    r = run_ok(here("hellaswag.py"), f"--ckpt={name}", cwd=tmp_path, **hub)
+    assert f"HellaSwag of {name}, " in r.stdout and ", 1 examples: acc " in r.stdout
+    full = name if "/" in name else f"openai-community/{name}"
+    assert f"reading {full} from the Hugging Face hub\n{full}: " in r.stderr and "trying again in 2 s" in r.stderr
+
+
+@needs_gpt2
+def test_a_model_that_the_hub_lacks_is_one_line(hub, tmp_path):
+    r = script(here("hellaswag.py"), "--ckpt=no/such", cwd=tmp_path, **hub)
+    assert r.returncode == 1 and re.search(r"\nhellaswag.py: cannot read no/such: Repo\w*: .*\n\Z", r.stderr)
 
 
 @pytest.mark.parametrize("tokens, shares", [(0, "90/10"), (1e4, "90/10"), (1e5, "99/1")], ids=str)
@@ -2017,9 +2228,6 @@ def test_weight_decay_takes_matrices_and_leaves_biases_and_norms():
     optimizer, = train.make_optimizers(GPT(small()), torch.device("cpu"))
     dims = [{p.dim() for p in group["params"]} for group in optimizer.param_groups]
     assert dims == [{2}, {1}] and [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-
-
-EXAMPLE = {"ctx": "A cat", "label": "1", "endings": ["sat", "is", "ran", "x"]}
 
 
 @pytest.mark.parametrize("parallel, offline", [("ddp", False), ("zero2", False), ("ddp", True)], ids=str)
