@@ -3039,7 +3039,18 @@ def test_a_log_is_read_with_the_last_line_of_a_step_winning(tmp_path):
     streams, header = plot.read_log(str(tmp_path / "log.txt"))
     assert streams == {"train": {0: (5.0, {"lr": 1e-3}), 1: (4.5, {"lr": 3e-3})}, "val": {0: (5.5, {})},
                        "hella": {1: (0.25, {})}, "test": {}}
-    assert header == {"tokens": 8, "references": {}}
+    assert header == {"tokens": 8, "FLOPs": 0, "hours": 1 / 3600, "dollars": 0, "references": {}}
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("step", [0, 1, 2, 3]), ("tokens", [0, 8, 16, 24]), ("FLOPs", [0, 800, 1600, 2400]), ("hours", [0, 2, 4, 5]),
+    ("dollars", [0, 12, 24, 30])])
+def test_a_step_is_drawn_at_its_tokens_hours_or_dollars(tmp_path, kind, expected):
+    header = dict(config=dict(total_batch_size=8, usd_per_gpu_hour=3.0), world_size=2, flops_per_token=100)
+    records = "1 train 5.0 ms=7200000\n2 train 4.0 ms=3600000\n"  # two steps of two hours, one of an hour
+    (tmp_path / "log.txt").write_text(f"# {json.dumps(header)}\n{records}")
+    to_x = plot.horizontal(kind, *plot.read_log(str(tmp_path / "log.txt")))
+    assert [to_x(step) for step in range(4)] == pytest.approx(expected)
 
 
 def is_picture(path):
@@ -3049,9 +3060,10 @@ def is_picture(path):
 def test_plot_draws_a_run_and_several(workspace, tmp_path):
     run_ok(here("plot.py"), "log.txt", cwd=workspace / "runs/fp32")
     assert is_picture(workspace / "runs/fp32/log.png")
-    options = ["fp32/log.txt", "pairs/log.txt", "--x=tokens", f"--out={tmp_path}/both.pdf"]
-    run_ok(here("plot.py"), *options, cwd=workspace / "runs")
-    assert (tmp_path / "both.pdf").read_bytes().startswith(b"%PDF")
+    for x in ("tokens", "hours", "FLOPs"):
+        options = ["fp32/log.txt", "pairs/log.txt", f"--x={x}", f"--out={tmp_path}/{x}.pdf"]
+        run_ok(here("plot.py"), *options, cwd=workspace / "runs")
+        assert (tmp_path / f"{x}.pdf").read_bytes().startswith(b"%PDF")
 
 
 @pytest.mark.parametrize("log", [
@@ -3061,6 +3073,36 @@ def test_plot_draws_whatever_a_log_holds(tmp_path, log):
     (tmp_path / "log.txt").write_text(log)
     plot.plot([str(tmp_path / "log.txt")], str(tmp_path / "log.png"))
     assert is_picture(tmp_path / "log.png")
+
+
+# -- README.md
+
+def readme_commands():
+    """Every command of the README that starts one of our scripts, as words from the script's name on"""
+    with open(here("README.md"), encoding="utf-8") as f:
+        fences = re.split(r"^```.*$", f.read(), flags=re.MULTILINE)
+    lines = [line for block in fences[1::2] for line in block.splitlines()]
+    lines += [" ".join(code.split()) for block in fences[::2] for code in re.findall("`([^`]+)`", block)]
+    commands = [re.match(r"(?:\w+=\S+ )*(?:python|torchrun .*?) (\w+\.py.*)", line) for line in lines]
+    return [shlex.split(command[1], comments=True) for command in commands if command and "--help" not in command[1]]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_a_command_of_the_readme_has_only_options_that_exist(command, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def parse_args(parser, arguments=None):
+        _, unknown = parser.parse_known_args(arguments)
+        raise Parsed(*unknown)
+
+    script, *arguments = command
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", command)
+    module = dict(dataset=dataset, train=train, eval=eval_script, hellaswag=hellaswag, plot=plot)[script[:-3]]
+    with pytest.raises(Parsed) as parsed:
+        train.configure(arguments) if module is train else module.main()
+    assert parsed.value.args == ()
 
 
 # -- what a GPU needs, observed on a CPU as far as torch shows it there

@@ -1415,7 +1415,7 @@ if __name__ == "__main__":
     if is_main and not bench:
         log = Log(run, ckpt, dict(
             recipe=recipe, step=first_step, world_size=world_size, micro_batch=B, device=device.type, dtype=amp_name,
-            parameters=n_parameters, config=settings, references=hellaswag.REFERENCES))
+            parameters=n_parameters, flops_per_token=flops_per_token, config=settings, references=hellaswag.REFERENCES))
         print(f"micro-batch {B} x {accumulate} per step; {loader.rows.summary()}; log and checkpoints in "
               f"{os.path.abspath(out_dir)}" + (f"; from step {first_step}" if first_step else ""), flush=True)
     examples = load_hellaswag(enc, is_local_main, device) if hella_interval and enc else None
