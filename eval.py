@@ -519,8 +519,46 @@ CHAT_TEMPLATE = """\
 {{ ASSISTANT if add_generation_prompt else eos_token }}"""
 
 
-def export(model, enc, spec, folder, template=None):
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+license: other  # choose one
+---
+A language model, trained from scratch.
+
+{facts}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = (auto.from_pretrained("FOLDER") for auto in (AutoTokenizer, AutoModelForCausalLM))
+inputs = tokenizer(tokenizer.bos_token + "Once", return_tensors="pt")  # a text begins with the end-of-text token
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
+```
+"""
+
+
+def model_card(model, known):
+    """The README.md of an export: what the checkpoint says about how the model was trained"""
+    settings, run = (part if isinstance(part, dict) else {} for part in (known.get("train_config"), known.get("run")))
+    last_val = run.get("last_val", {})
+    facts = {
+        "parameters": model.param_counts()["total"], "recipe": settings.get("recipe"), "data": settings.get("data"),
+        "steps": known.get("step"), "tokens": run.get("tokens"), "seconds of training": run.get("seconds"),
+        "cost in dollars": run.get("usd"), "validation loss, nats per token": last_val.get("loss"),
+        "validation loss, bits per byte": last_val.get("bpb"), "HellaSwag, acc_norm by token": run.get("hella")}
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, (int, float)):
+            value = f"{value:,.5g}" if isinstance(value, float) else f"{value:,}"
+        if value not in (None, "nan", "inf"):
+            lines.append(f"- {name}: {value}")
+    return CARD.format(facts="\n".join(lines))
+
+
+def export(model, enc, known, folder):
     """Writes a model and its tokenizer for transformers: AutoModelForCausalLM and AutoTokenizer."""
+    template = known.get("template")
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"{folder} is not empty; choose another folder for --export")
     settings = dict(
@@ -534,7 +572,11 @@ def export(model, enc, spec, folder, template=None):
         model.save_pretrained(folder, enc.eot_token)
         dataset.write_json(os.path.join(folder, "tokenizer.json"), dataset.hugging_face_tokenizer(enc))
         dataset.write_json(os.path.join(folder, "tokenizer_config.json"), settings)
-        dataset.write_json(os.path.join(folder, dataset.TOKENIZER_SPEC), dict(tokenizer=spec, template=template))
+        dataset.write_json(os.path.join(folder, dataset.TOKENIZER_SPEC), dict(
+            tokenizer=known["tokenizer"], template=template))
+        with dataset.reading(known.get("about", "the model"), "a checkpoint of train.py"):
+            card = model_card(model, known).encode()
+        dataset.write_atomically(os.path.join(folder, "README.md"), lambda f: f.write(card))
     except OSError as e:
         raise UserError(f"cannot write {folder}: {e.strerror or e}") from None
 
@@ -589,7 +631,7 @@ def main():
     model, enc, known = load(a.ckpt, a.out_dir, a.device, "float32" if is_scored else a.dtype)
     template = known.get("template")
     if a.export:
-        export(model, enc, known["tokenizer"], a.export, template)
+        export(model, enc, known, a.export)
         print(a.export)
         return
     if a.perplexity:

@@ -452,7 +452,7 @@ def test_an_exported_tokenizer_gives_the_tokens_of_the_model(tmp_path, kind):
     if kind == "bpe":
         spec = {**make_bpe(stories(200), 900), "special": [EOT, "<|pad|>"]}
     enc = get_tokenizer(spec)
-    eval_script.export(GPT(small(vocab_size=enc.n_vocab)), enc, spec, str(tmp_path / "out"))
+    eval_script.export(GPT(small(vocab_size=enc.n_vocab)), enc, {"tokenizer": spec}, str(tmp_path / "out"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     rng = random.Random(0)
     texts = TEXTS + stories(300) + ["".join(rng.choices("etaoin shrdlu\n'.", k=300)) for _ in range(100)]
@@ -474,6 +474,9 @@ def test_eval_exports_what_eval_and_transformers_read(workspace, tmp_path):
     run_ok(here("eval.py"), f"--ckpt={ckpt}", f"--export={tmp_path}/hf", cwd=workspace)
     text = greedy(ckpt)
     assert greedy(f"{tmp_path}/hf") == text != ""
+    card, run = (tmp_path / "hf/README.md").read_text(), read_checkpoint(str(workspace / ckpt))["run"]
+    assert f"- data: data/t\n- steps: 30\n- tokens: {run['tokens']:,}\n" in card and "nan" not in card
+    assert f"- validation loss, nats per token: {run['last_val']['loss']:.5g}\n" in card
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     idx = torch.tensor([[tokenizer.bos_token_id] + tokenizer("Once")["input_ids"]])
@@ -2871,7 +2874,8 @@ def test_an_exported_chat_template_gives_the_tokens_of_ours(tmp_path, spec):
     import transformers
     enc = get_tokenizer(spec)
     template = dataset.chat_template(enc)
-    eval_script.export(GPT(small(vocab_size=enc.n_vocab)), enc, spec, str(tmp_path / "out"), template)
+    known = dict(tokenizer=spec, template=template)
+    eval_script.export(GPT(small(vocab_size=enc.n_vocab)), enc, known, str(tmp_path / "out"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for line, turns in PAIR_LINES.values():
         messages = line.get("messages", [])
