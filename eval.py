@@ -545,7 +545,7 @@ def model_card(model, known):
     facts = {
         "parameters": model.param_counts()["total"], "recipe": settings.get("recipe"), "data": settings.get("data"),
         "steps": known.get("step"), "tokens": run.get("tokens"), "seconds of training": run.get("seconds"),
-        "cost in dollars": run.get("usd"), "validation loss, nats per token": last_val.get("loss"),
+        "cost in dollars": run.get("usd") or None, "validation loss, nats per token": last_val.get("loss"),
         "validation loss, bits per byte": last_val.get("bpb"), "HellaSwag, acc_norm by token": run.get("hella")}
     lines = []
     for name, value in facts.items():

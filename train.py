@@ -163,7 +163,7 @@ RECIPES = {
 }
 RECIPES["shakespeare"] = {
     **RECIPES["tiny"], "block_size": 128, "data": "data/shakespeare", "tokenizer": "byte", "doc_mask": False,
-    "max_steps": 1150, "sample_prompt": "ROMEO:"}
+    "max_steps": 1000, "val_interval": 250, "sample_prompt": "ROMEO:"}
 # toyGPT has no default batch or learning rate. The learning rates are those of GPT-3 models of these sizes (Brown et
 # al., 2020, table 2.1).
 for _name, _lr in (("toygpt-small", 6e-4), ("toygpt-medium", 3e-4), ("toygpt-large", 2e-4)):
