@@ -29,7 +29,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -665,7 +664,7 @@ def open_text(paths, size, doc_sep):
     def pieces_of(share):
         return functools.partial(read_pieces, doc_sep, min(1 << 20, max(64, int(size * share))))
 
-    read_file, n_documents, n_pieces = pieces_of(0.01), 0, 0
+    read_file, n_documents, n_pieces = pieces_of(0.003), 0, 0
     for _, begins in itertools.chain.from_iterable(map(read_file, paths)):
         n_documents += begins
         n_pieces += 1
@@ -772,6 +771,9 @@ def read_dataset(name, column, options, state):
     """Rows of a Hugging Face dataset, from the hub or from local files, as a stream"""
     hint = ", or use a local file: --source=FILE.txt, .jsonl or .parquet"
     failures, reached = 0, False
+    if "data_files" not in options:
+        config = f", config {options['name']}," if options["name"] else ""
+        print(f"reading {options['path']}{config} from the Hugging Face hub", file=sys.stderr, flush=True)
     while True:
         try:
             for texts, state in read_stream(name, column, options, state):
@@ -789,9 +791,6 @@ def read_stream(name, column, options, state):
     datasets.disable_progress_bars()
     datasets.config.STREAMING_READ_MAX_RETRIES = 5
     report_retries("datasets", "huggingface_hub")
-    if "data_files" not in options:
-        config = f", config {options['name']}" if options["name"] else ""
-        print(f"reading {options['path']}{config} from the Hugging Face hub", flush=True)
     try:
         stream = datasets.load_dataset(split="train", streaming=True, **options)
     except datasets.exceptions.DatasetNotFoundError:
@@ -855,12 +854,13 @@ def outage(error):
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status:
         return "no answer" if status in RETRY_STATUS else ""
+    cause = error.__cause__ or error.__context__
+    if cause and (kind := outage(cause)):
+        return kind
     if re.search("Connect(ion)?Error|Offline", type(error).__name__):
         return "no connection"
     is_of_http = re.match("httpx|httpcore|requests|urllib3|aiohttp", type(error).__module__)
-    if is_of_http or isinstance(error, (ConnectionError, TimeoutError)):
-        return "no answer"
-    return outage(error.__cause__) if error.__cause__ else ""
+    return "no answer" if is_of_http or isinstance(error, (ConnectionError, TimeoutError)) else ""
 
 
 # -- from sources to shards
@@ -981,10 +981,11 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     split_shares(splits)  # an error now rather than later
     if shard_tokens >= 2**31:
         raise UserError(f"--shard_tokens={shard_tokens} is too large: a shard's header counts tokens as int32")
+    has_text = any(s.fingerprint and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources)
     settings = dict(
         source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint for s in sources),
-        tokenizer=spec["name"], column=column, doc_sep=doc_sep, max_bytes=max_bytes, splits=splits,
-        shard_tokens=shard_tokens)
+        tokenizer=spec["name"], column=column, doc_sep=doc_sep if has_text else None, max_bytes=max_bytes,
+        splits=splits, shard_tokens=shard_tokens)
     if is_trained(spec):
         settings["tokenizer_fingerprint"] = tokenizer_fingerprint(get_tokenizer(spec))
     else:
@@ -993,9 +994,10 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     if not out and not name:
         raise UserError(f"choose a folder for {source}, with --out")
     out = out or os.path.join("data", name)
+    is_new = not os.path.exists(out)
     try:
         os.makedirs(out, exist_ok=True)
-        with lock_folder(out):
+        with lock_folder(out), removed_if_useless(out, is_new):
             if manifest := read_manifest(out):
                 check_same_settings(out, manifest["settings"], settings)
                 check_shards(out, manifest["shards"])
@@ -1005,13 +1007,22 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
             else:
                 shards = write_shards(out, sources, spec, settings, tokens)
                 print(f"{out}: {count_line(shards)}", flush=True)
-    except UserError:
-        if os.listdir(out) == [".lock"]:  # nothing could be read
-            shutil.rmtree(out)
-        raise
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
     return out
+
+
+@contextlib.contextmanager
+def removed_if_useless(folder, is_new):
+    """Removes a folder that was made for a source of which nothing could be read."""
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):
+            if is_new and os.listdir(folder) == [".lock"]:
+                os.remove(os.path.join(folder, ".lock"))
+                os.rmdir(folder)
+        raise
 
 
 def check_same_settings(out, old, new):
@@ -1055,7 +1066,8 @@ def verify(folder):
 def write_shards(out, sources, spec, settings, expected_tokens):
     """Writes the shards and then the manifest, from the beginning or from where progress.npz says.  -> the shards"""
     state, pending = load_progress(out, settings)
-    if state is None:
+    is_new = state is None
+    if is_new:
         spec = spec if is_trained(spec) else train_tokenizer(sources, spec["name"], settings)
         state = dict(settings=settings, tokenizer=spec, position=(0, None, 0, 0), shards=[])
     enc = get_tokenizer(state["tokenizer"])
@@ -1063,7 +1075,8 @@ def write_shards(out, sources, spec, settings, expected_tokens):
     batches = read_batches(sources, state["position"], split_shares(settings["splits"]), settings["max_bytes"])
     written = sum(shard["tokens"] for shard in writer.shards) + sum(map(len, pending.values()))
     first = list(itertools.islice(batches, 1))  # what cannot be read leaves no files, and connecting is not counted
-    save_progress(out, state, {split: np.concatenate(writer.pending[split]) for split in SPLITS})
+    if is_new and first:
+        save_progress(out, state, {})
     batches = itertools.chain(first, batches)
     with contextlib.closing(encode_batches(batches, enc)) as encoded, \
             progress_bar(expected_tokens or None, "tokens", written) as bar:

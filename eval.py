@@ -28,6 +28,8 @@ import math
 import os
 import re
 import secrets
+import select
+import socket
 import sys
 import threading
 import time
@@ -79,7 +81,8 @@ class TextRow:
         if found:
             self.ended = True
             return text[:min(found)]
-        n_held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        lengths = {n for s in self.stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])}
+        n_held = max(lengths, default=0)
         self.held = text[len(text) - n_held:]
         return text[:len(text) - n_held]
 
@@ -114,11 +117,12 @@ def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p
 
 def chat_tokens(model, enc, template, turns):
     """The tokens of a conversation. While it fills more than half the context, removes its oldest turn from `turns`."""
-    while True:
-        tokens = dataset.prompt_tokens(enc, template, turns)
-        if len(tokens) <= model.cfg.block_size // 2 or len(turns) == 1:
-            return tokens
+    parts = [dataset.prompt_tokens(enc, template, [turn]) for turn in turns]
+    n = sum(map(len, parts))
+    while n > model.cfg.block_size // 2 and len(turns) > 1:
+        n -= len(parts.pop(0))
         del turns[0]
+    return list(itertools.chain(*parts))
 
 
 def print_samples(prompts, respond, gap):
@@ -238,8 +242,7 @@ def measure(model, enc, path, split="val", stride=None, limit=None, doc_mask=Fal
 
 
 def has_doc_mask(known):
-    settings = known.get("train_config")
-    return isinstance(settings, dict) and settings.get("doc_mask") is True
+    return known.get("train_config", {}).get("doc_mask") is True
 
 
 def tokens_per_second(model, n=64):
@@ -291,7 +294,8 @@ def compare(names, text, split, stride, data, limit, device, dtype):
 # -- serving: OpenAI's completions and chat completions, and a page that uses them
 
 RANGES = dict(max_tokens=(1, 10**6), temperature=(0.0, 2.0), top_p=(1e-6, 1.0), top_k=(0, 10**6), seed=(0, 2**63 - 1))
-UNSUPPORTED = ("best_of", "echo", "functions", "logit_bias", "logprobs", "response_format", "suffix", "tools")
+UNSUPPORTED = ("best_of", "echo", "frequency_penalty", "functions", "logit_bias", "logprobs", "presence_penalty",
+               "response_format", "suffix", "tool_choice", "tools", "top_logprobs")
 
 
 class BadRequest(Exception):
@@ -305,6 +309,8 @@ def sampling_options(request, defaults):
         raise BadRequest(f"{used[0]} is not supported")
     if request.get("n") not in (None, 1):
         raise BadRequest("n must be 1")
+    if request.get("stream") not in (None, True, False):
+        raise BadRequest("stream must be true or false")
     if request.get("max_completion_tokens") is not None:
         request["max_tokens"] = request["max_completion_tokens"]
     options = {**defaults, **{name: request[name] for name in defaults if request.get(name) is not None}}
@@ -312,10 +318,12 @@ def sampling_options(request, defaults):
         value = options[name]
         if value is not defaults[name] and (type(value) not in (int, type(high)) or not low <= value <= high):
             raise BadRequest(f"{name} must be a{' whole' if type(high) is int else ''} number from {low} to {high}")
+    if options["temperature"] < 1e-4:  # logits divided by it could overflow
+        options["temperature"] = 0
     stop = options["stop"]
     options["stop"] = stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise BadRequest("stop must be a string, or a list of strings, none of them empty")
+    if not isinstance(stop, list) or not all(isinstance(s, str) and 0 < len(s) <= 100 for s in stop) or len(stop) > 16:
+        raise BadRequest("stop must be a string of 1 to 100 characters, or a list of up to 16 of them")
     return options
 
 
@@ -353,9 +361,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def check_sender(self):
         """A page of another site must not use this server, by whatever name it calls this machine."""
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        host, origin, hosts = self.headers.get("Host", ""), self.headers.get("Origin"), self.server.hosts
         with contextlib.suppress(ValueError):
-            if urlsplit(f"//{host}").hostname in self.server.hosts and origin in (None, f"http://{host}"):
+            name = urlsplit(f"//{host}").hostname or ""
+            is_address = re.fullmatch(r"[\d.]+", name)  # unlike a name, it cannot belong to another site
+            if (name in hosts or is_address and "0.0.0.0" in hosts) and origin in (None, f"http://{host}"):
                 return
         raise BadRequest("this host or origin is not served; --serve=HOST:PORT names a host", 403)
 
@@ -372,7 +382,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             options, tokens = sampling_options(request, self.server.defaults), self.read_prompt(request, is_chat)
         except (ValueError, AttributeError, RecursionError):
             raise BadRequest("the request is not a JSON object") from None
-        parts = map(json.dumps, self.generate(request, options, tokens, is_chat))
+        parts = self.generate(request, options, tokens, is_chat)
+        try:
+            first = next(parts)
+        except UserError as e:
+            raise BadRequest(str(e), 500) from None
+        parts = map(json.dumps, itertools.chain([first], parts))
         if request.get("stream") is True:
             self.send("text/event-stream", (f"data: {part}\n\n" for part in itertools.chain(parts, ["[DONE]"])))
         else:
@@ -416,6 +431,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     server.model, server.enc, [tokens], max_tokens, options["temperature"], options["top_k"],
                     options["top_p"], make_generator(server.model, options["seed"]), options["stop"]):
                 texts.append(text)
+                if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                    raise ConnectionError("the client has gone")
                 if stream and text:
                     yield response(text, None)
         # If max_tokens end the text, there is one more piece: what a stop string might still have removed.
@@ -436,7 +453,8 @@ def serve(address, model, enc, template, name, defaults):
     except (OSError, OverflowError) as e:
         raise UserError(f"cannot serve at {host}:{port} ({e}); choose another port, --serve=PORT") from None
     server.model, server.enc, server.template, server.name, server.defaults = model, enc, template, name, defaults
-    server.hosts, server.generating = {"127.0.0.1", "localhost", host}, threading.Lock()
+    server.hosts = {"127.0.0.1", "localhost", host.lower(), socket.gethostname().lower()}
+    server.generating = threading.Lock()
     print(f"{name}: a page at http://{host}:{server.server_port}/, OpenAI's API below /v1; Ctrl-C ends", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
@@ -489,10 +507,10 @@ async function send() {
       }
     }
   } catch (e) {
-    if (e.name != "AbortError") $("main").append(`\n${e.message}\n`)
+    if (e.name != "AbortError") answer.textContent += `[${e.message}]`
   }
   text += answer.textContent
-  turns.push({role: "assistant", content: answer.textContent || "-"})
+  turns.push({role: "assistant", content: answer.textContent.trim() || "-"})
   running = null
   $("button").textContent = "Send"
 }
@@ -525,14 +543,14 @@ library_name: transformers
 pipeline_tag: text-generation
 license: other  # choose one
 ---
-A language model, trained from scratch.
+A language model.
 
 {facts}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = (auto.from_pretrained("FOLDER") for auto in (AutoTokenizer, AutoModelForCausalLM))
-inputs = tokenizer(tokenizer.bos_token + "Once", return_tensors="pt")  # a text begins with the end-of-text token
+inputs = {inputs}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
 ```
 """
@@ -540,10 +558,11 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=Tru
 
 def model_card(model, known):
     """The README.md of an export: what the checkpoint says about how the model was trained"""
-    settings, run = (part if isinstance(part, dict) else {} for part in (known.get("train_config"), known.get("run")))
+    settings, run = known.get("train_config", {}), known.get("run", {})
     last_val = run.get("last_val", {})
     facts = {
-        "parameters": model.param_counts()["total"], "recipe": settings.get("recipe"), "data": settings.get("data"),
+        "parameters": model.param_counts()["total"], "recipe": settings.get("recipe"),
+        "data": os.path.basename(str(settings.get("data", ""))) or None,
         "steps": known.get("step"), "tokens": run.get("tokens"), "seconds of training": run.get("seconds"),
         "cost in dollars": run.get("usd") or None, "validation loss, nats per token": last_val.get("loss"),
         "validation loss, bits per byte": last_val.get("bpb"), "HellaSwag, acc_norm by token": run.get("hella")}
@@ -553,7 +572,11 @@ def model_card(model, known):
             value = f"{value:,.5g}" if isinstance(value, float) else f"{value:,}"
         if value not in (None, "nan", "inf"):
             lines.append(f"- {name}: {value}")
-    return CARD.format(facts="\n".join(lines))
+    inputs = 'tokenizer(tokenizer.bos_token + "Once", return_tensors="pt")  # bos_token: texts begin with it'
+    if known.get("template"):
+        inputs = 'tokenizer.apply_chat_template([dict(role="user", content="Hello")], add_generation_prompt=True, ' \
+            'return_tensors="pt", return_dict=True)'
+    return CARD.format(facts="\n".join(lines), inputs=inputs)
 
 
 def export(model, enc, known, folder):
@@ -568,14 +591,13 @@ def export(model, enc, known, folder):
     if template:
         chat = CHAT_TEMPLATE.replace("USER", json.dumps(template["user"]))
         settings["chat_template"] = chat.replace("ASSISTANT", json.dumps(template["assistant"]))
+    card = model_card(model, known).encode()
     try:
         model.save_pretrained(folder, enc.eot_token)
         dataset.write_json(os.path.join(folder, "tokenizer.json"), dataset.hugging_face_tokenizer(enc))
         dataset.write_json(os.path.join(folder, "tokenizer_config.json"), settings)
         dataset.write_json(os.path.join(folder, dataset.TOKENIZER_SPEC), dict(
             tokenizer=known["tokenizer"], template=template))
-        with dataset.reading(known.get("about", "the model"), "a checkpoint of train.py"):
-            card = model_card(model, known).encode()
         dataset.write_atomically(os.path.join(folder, "README.md"), lambda f: f.write(card))
     except OSError as e:
         raise UserError(f"cannot write {folder}: {e.strerror or e}") from None

@@ -452,7 +452,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """The model that load_checkpoint takes, alone"""
+        """load_checkpoint's model, without the rest"""
         return load_checkpoint(name)[0]
 
 
@@ -620,6 +620,9 @@ def read_checkpoint(path):
                             f"{CHECKPOINT_VERSION}")
         check_spec(ckpt["tokenizer"], ckpt.get("template"))
         check_types(ckpt, dict(step=0, model={}, model_config={}))
+        optional = dict(run={}, train_config={})
+        check_types(ckpt, {k: like for k, like in optional.items() if k in ckpt})
+        check_types(ckpt.get("run", {}).get("last_val", {}), {})
         return ckpt
 
 
@@ -646,6 +649,11 @@ def count_layers(weights):
     return len({m[1] for name in weights if (m := re.match(r"transformer\.h\.(\d+)\.", name))})
 
 
+def repeats_values(tensor):
+    """Such a tensor takes far more memory when it is copied than the file that it is from"""
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
 def build_model(cfg, weights, source):
     """A model with the weights of a state dict. Nothing is allocated before their names and shapes are known to fit."""
     with reading(source, "a model's weights"):
@@ -661,7 +669,7 @@ def build_model(cfg, weights, source):
         for k in expected.keys() & weights.keys():
             if expected[k].shape != weights[k].shape:
                 problems.append(f"{k} is {tuple(weights[k].shape)}, not {tuple(expected[k].shape)}")
-            elif weights[k].numel() * weights[k].element_size() > weights[k].untyped_storage().nbytes():
+            elif repeats_values(weights[k]):
                 problems.append(f"{k} repeats its values")
             elif not weights[k].isfinite().all():
                 problems.append(f"{k} has values that are not finite: training diverged, or the file is damaged")
@@ -700,7 +708,8 @@ def load_checkpoint(name, device="cpu"):
         model = build_model(make_config(rest["model_config"], name), rest.pop("model"), name)
     else:
         spec = os.path.join(name, TOKENIZER_SPEC)  # in an export of ours
-        rest = read_spec(spec) if os.path.exists(spec) else {"tokenizer": {"name": "gpt2"}}
+        content = read_spec(spec) if os.path.exists(spec) else {"tokenizer": {"name": "gpt2"}}
+        rest = dict(tokenizer=content["tokenizer"], template=content.get("template"))
         model = load_hugging_face(name)
     return model.to(device).eval(), rest
 
@@ -771,8 +780,10 @@ def read_hugging_face(folder):
 def load_hugging_face(name):
     """A GPT-2, or a NanoChat that we exported: a folder, or a name such as gpt2, gpt2-xl, owner/name -> the model"""
     folder = name if os.path.isdir(name) else download_model(name)
-    with reading(folder, "a Hugging Face GPT-2"):
+    with reading(folder, "a Hugging Face GPT-2 or NanoChat"):
         config, weights = read_hugging_face(folder)
+        if any(map(repeats_values, weights.values())):
+            raise UserError(f"{name} has a tensor that repeats its values")
         convert = import_nanochat if config.get("model_type") == "nanochat" else import_gpt2
         return build_model(*convert(config, weights, name), name)
 
@@ -810,18 +821,19 @@ def import_config(config, name):
 def export_config(cfg, eot, dtype):
     """GPTConfig -> the config.json of a Hugging Face NanoChat or GPT-2; an error if the model has what both lack"""
     common = dict(vocab_size=cfg.n_tokens, bos_token_id=eot, eos_token_id=eot, torch_dtype=str(dtype)[6:])
-    if {**vars(cfg), **MODERN} == vars(cfg) and not cfg.head_bias:
+    lacking = [k for k, value in {**MODERN, "head_bias": False}.items() if getattr(cfg, k) != value]
+    if not lacking:
         return dict(
             **common, **NANOCHAT, **{theirs: getattr(cfg, ours) for theirs, ours in NANOCHAT_SHAPE.items()},
             architectures=["NanoChatForCausalLM"], intermediate_size=4 * cfg.n_embd, pad_token_id=eot,
-            final_logit_softcapping=cfg.softcap or None)
+            num_key_value_heads=cfg.n_head, final_logit_softcapping=cfg.softcap or None)
     unsupported = {"pos": cfg.pos == "rotary", "norm": cfg.norm == "rms", "qk_norm": cfg.qk_norm,
                    "embed_norm": cfg.embed_norm, "softcap": cfg.softcap > 0, "head_bias": cfg.head_bias}
     for name, is_used in unsupported.items():
         if is_used:
-            needs = ", ".join(f"{k}={v}" for k, v in MODERN.items())
-            raise UserError(f"cannot export a model with {name}={getattr(cfg, name)}: Hugging Face's GPT-2 lacks it; "
-                            f"NanoChat needs {needs}")
+            lacks = f"{lacking[0]}={getattr(cfg, lacking[0])}"
+            raise UserError(f"cannot export a model with {name}={getattr(cfg, name)}: Hugging Face's GPT-2 lacks it, "
+                            f"and its NanoChat lacks {lacks}")
     act = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}[cfg.act]
     return dict(
         **common, architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=cfg.block_size,
@@ -850,7 +862,7 @@ def gpt2_weights(model):
 NANOCHAT = dict(model_type="nanochat", hidden_act="relu2", rms_norm_eps=1e-5, attention_bias=False,
                 tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
 NANOCHAT_SHAPE = dict(max_position_embeddings="block_size", num_hidden_layers="n_layer", num_attention_heads="n_head",
-                      num_key_value_heads="n_head", hidden_size="n_embd")
+                      hidden_size="n_embd")
 NANOCHAT_MATRICES = {"self_attn.o_proj": "attn.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 
 

@@ -41,6 +41,8 @@ def read_log(path):
             step, stream, value, *rest = line.split()
             fields = dict(pair.split("=", 1) for pair in rest)
             numbers = {k: float(v) for k, v in fields.items() if v != "n/a"}
+            if not 0 <= int(step) < 2**53:
+                continue
             streams.setdefault(stream, {})[int(step)] = float(value), numbers
         except ValueError:
             continue

@@ -433,6 +433,22 @@ def test_every_recipes_shape_exports_with_equal_logits_and_greedy_text(tmp_path,
     assert text.tolist() == model.generate(idx, 20, temperature=0).tolist()
 
 
+def test_a_file_cannot_make_an_import_take_more_memory_than_it_has_itself(tmp_path):
+    model = GPT(small(**model_file.MODERN, vocab_size=64, tie_head=False))
+    model.save_pretrained(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    weights = model_file.nanochat_weights(model)
+    weights["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(1).expand(30_000, 30_000)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="repeats its values"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_an_export_that_neither_format_can_hold_names_what_each_lacks():
+    with pytest.raises(UserError, match="pos=rotary: .* GPT-2 lacks it, .* NanoChat lacks head_bias=True"):
+        model_file.export_config(small(**model_file.MODERN, head_bias=True), 0, torch.float32)
+
+
 @pytest.mark.parametrize("switch, value", [
     ("pos", "rotary"), ("norm", "rms"), ("qk_norm", True), ("softcap", 15.0), ("head_bias", True)])
 def test_an_export_refuses_by_name_what_hugging_faces_gpt2_lacks(tmp_path, switch, value):
@@ -475,7 +491,7 @@ def test_eval_exports_what_eval_and_transformers_read(workspace, tmp_path):
     text = greedy(ckpt)
     assert greedy(f"{tmp_path}/hf") == text != ""
     card, run = (tmp_path / "hf/README.md").read_text(), read_checkpoint(str(workspace / ckpt))["run"]
-    assert f"- data: data/t\n- steps: 30\n- tokens: {run['tokens']:,}\n" in card and "nan" not in card
+    assert f"- data: t\n- steps: 30\n- tokens: {run['tokens']:,}\n" in card and "nan" not in card
     assert f"- validation loss, nats per token: {run['last_val']['loss']:.5g}\n" in card
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -731,6 +747,23 @@ def test_a_tenth_of_a_small_texts_documents_is_kept_for_validation(tmp_path):
     folder = prepare(tmp_path, write_text(tmp_path / "t.txt", stories(200)), "byte", splits=None)
     assert read_split(folder, "val") == byte_tokens(stories(200)[::10])
     assert read_split(folder, "train") == byte_tokens([s for i, s in enumerate(stories(200)) if i % 10])
+
+
+def test_small_shares_of_a_single_document_are_kept_whatever_its_alphabet(tmp_path):
+    path = write_text(tmp_path / "t.txt", ["日本語の 文 " * 3000])
+    folder = prepare(tmp_path, path, "byte", splits="98/1/1")
+    n = {split: len(read_split(folder, split)) for split in ("train", "val", "test")}
+    assert 0.005 < n["val"] / n["train"] < 0.02 and 0.005 < n["test"] / n["train"] < 0.02
+
+
+def test_a_folder_that_was_there_stays_although_its_source_cannot_be_read(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"\xff\xfe")
+    for name, is_there in (("old", True), ("new", False)):
+        if is_there:
+            (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match="not UTF-8"):
+            dataset.prepare(str(tmp_path / "t.txt"), "byte", out=str(tmp_path / name))
+        assert (tmp_path / name).exists() == is_there
 
 
 @pytest.mark.parametrize("letters", ["", "äöü", "日本語" * 9])
@@ -1008,7 +1041,8 @@ PASSING = [(what, where, 2) for what in ("drop", "429", "500") for where in ("ap
 LASTING = {("drop", "api"): "cannot read .* check the network", ("500", "data"): "check the network",
            ("429", "api"): "429", ("401", "api"): "401",
            ("html", "data"): "not a parquet file", ("html", "api"): "JSON",
-           ("half", "data"): "check the network", ("drop", "card"): "check the network"}
+           ("half", "data"): "check the network", ("drop", "card"): "check the network",
+           ("500", "card"): "check the network"}
 HUB_DRIVER = """
 import json, os, sys, time, requests, dataset
 time.sleep = lambda seconds: None
@@ -2748,7 +2782,9 @@ def test_a_served_model_says_what_generate_text_does(servers, workspace):
     r = requests.post(f"{servers['fp32']}/v1/completions", json=dict(model="fp32", prompt="Once")).json()
     assert r["choices"] == [dict(index=0, text=text, logprobs=None, finish_reason="length")]
     assert r["usage"] == dict(prompt_tokens=5, completion_tokens=8, total_tokens=13)
-    stop = text[3:5]
+    stop, tiny = text[3:5], dict(temperature=1e-12, top_k=None)
+    r = requests.post(f"{servers['fp32']}/v1/completions", json=dict(model="fp32", prompt="Once", **tiny)).json()
+    assert r["choices"][0]["text"] == text
     r = requests.post(f"{servers['fp32']}/v1/completions", json=dict(model="fp32", prompt=["Once"], stop=stop)).json()
     assert r["choices"] == [dict(index=0, text=text[:text.index(stop)], logprobs=None, finish_reason="stop")]
 
@@ -2796,7 +2832,8 @@ BAD_REQUESTS = [
         dict(temperature=2.1), dict(temperature="hot"), dict(temperature=math.nan), dict(temperature=math.inf),
         dict(top_p=-0.1), dict(top_p=0), dict(top_p=1.1), dict(top_p=[]), dict(top_k=-1), dict(top_k=0.5),
         dict(seed=-1), dict(seed=2**64), dict(seed="a"), dict(n=2), dict(n="x"), dict(stop=""), dict(stop=["a", ""]),
-        dict(stop=[1]), dict(stop=7), dict(stop={"a": 1}), dict(logprobs=5), dict(echo=True), dict(suffix="!"),
+        dict(stop=[1]), dict(stop=7), dict(stop={"a": 1}), dict(stop="x" * 101), dict(stop=["x"] * 17),
+        dict(stream="yes"), dict(presence_penalty=1), dict(logprobs=5), dict(echo=True), dict(suffix="!"),
         dict(best_of=3), dict(tools=[{}]))],
     *[("chat/completions", {**ASK, "messages": messages}) for messages in (
         None, [], {}, "Hi", ["Hi"], [{}], [dict(role="user")], [dict(role="user", content=1)],
@@ -2841,10 +2878,12 @@ def test_the_page_names_the_model_and_nothing_outside(servers):
     assert '["fp32", false, 0' in requests.get(f"{servers['fp32']}/").text
 
 
-def test_a_client_that_leaves_does_not_keep_others_waiting(servers):
-    body = dict(model="fp32", prompt="Once", max_tokens=1_000_000, stream=True)
-    with requests.post(f"{servers['fp32']}/v1/completions", json=body, stream=True) as r:
-        next(r.iter_content(10))
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_does_not_keep_others_waiting(servers, stream):
+    body = dict(model="fp32", prompt="Once", max_tokens=1_000_000, stream=stream, temperature=1)
+    with contextlib.suppress(requests.Timeout):
+        with requests.post(f"{servers['fp32']}/v1/completions", json=body, stream=True, timeout=2) as r:
+            next(r.iter_content(10))
     answer = requests.post(f"{servers['fp32']}/v1/completions", json=dict(model="fp32", prompt="a"), timeout=30)
     assert answer.status_code == 200
 
@@ -3269,9 +3308,9 @@ def test_a_run_in_bfloat16_logs_the_loss_that_eval_measures(workspace, tmp_path)
 
 def test_float16_is_refused_where_torch_has_no_scaler(monkeypatch):
     set_globals(monkeypatch, dtype="float16")
-    assert train.training_dtype(torch.device("cpu"), {"dtype": "float16"}) == torch.float16
+    assert train.training_dtype(torch.device("cpu"), True) == torch.float16
     with pytest.raises(UserError, match="dtype=float16 needs a loss scaler"):
-        train.training_dtype(torch.device("mps"), {})
+        train.training_dtype(torch.device("mps"), True)
 
 
 def test_garbage_is_collected_when_a_run_is_evaluated_and_never_in_between(workspace, observer, tmp_path):

@@ -163,7 +163,7 @@ RECIPES = {
 }
 RECIPES["shakespeare"] = {
     **RECIPES["tiny"], "block_size": 128, "data": "data/shakespeare", "tokenizer": "byte", "doc_mask": False,
-    "max_steps": 1000, "val_interval": 250, "sample_prompt": "ROMEO:"}
+    "val_interval": 250, "sample_prompt": "ROMEO:"}
 # toyGPT has no default batch or learning rate. The learning rates are those of GPT-3 models of these sizes (Brown et
 # al., 2020, table 2.1).
 for _name, _lr in (("toygpt-small", 6e-4), ("toygpt-medium", 3e-4), ("toygpt-large", 2e-4)):
@@ -544,10 +544,13 @@ def all_sum(device, *numbers):
     return total.tolist()
 
 
-def training_dtype(device, asked, is_main=True):
-    """What matrices are multiplied in; the weights and the optimizer's moments are in float32."""
+def training_dtype(device, is_chosen, is_main=True):
+    """
+    What matrices are multiplied in; the weights and the optimizer's moments are in float32. A recipe's float16, unlike
+    one that the user chose, becomes float32 on a CPU that is slow in it.
+    """
     picked = pick_dtype(dtype, device)
-    if picked == torch.float16 and device.type == "cpu" and "dtype" not in asked and not cpu_computes_in(picked):
+    if picked == torch.float16 and device.type == "cpu" and not is_chosen and not cpu_computes_in(picked):
         if is_main:
             print("training in float32: this CPU is very slow in the recipe's float16 (--dtype=float16 insists)")
         return torch.float32
@@ -1306,8 +1309,11 @@ def print_summary(run, stopped, problem):
     if stopped:
         print("to continue: the same command with --resume")
     elif paths := find_checkpoints(out_dir):
-        where = "" if out_dir == "." else f" --out_dir={shlex.quote(out_dir)}"
-        print(f"{paths[-1]}; to try it: python eval.py{where}")
+        path, where = paths[-1], "" if out_dir == "." else f" --out_dir={shlex.quote(out_dir)}"
+        if patience and 0 <= run["best"]["step"] < run["step"]:
+            path = checkpoint_path(run["best"]["step"])
+            where = f" --ckpt={shlex.quote(path)}"
+        print(f"{path}; to try it: python eval.py{where}")
     values = dict(val_loss=run["last_val"]["loss"], bpb=run["last_val"]["bpb"], hellaswag=run["hella"], usd=run["usd"])
     values = {name: value if math.isfinite(value) else None for name, value in values.items()}
     print(json.dumps(dict(recipe=recipe, step=run["step"], tokens=run["tokens"], seconds=round(run["seconds"], 1),
@@ -1353,7 +1359,7 @@ if __name__ == "__main__":
         torch.use_deterministic_algorithms(True)
     # With masks cuDNN's attention can return NaN in the backward pass (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(attention == "fused" and not doc_mask)
-    amp_dtype = training_dtype(device, asked, is_main)
+    amp_dtype = training_dtype(device, "dtype" in asked or ckpt and ckpt["scaler"], is_main)
     amp_name = str(amp_dtype).removeprefix("torch.")
 
     # 2. Data and model. raw_model is the bare network; `model`, below, may be wrapped in DDP.
