@@ -658,8 +658,8 @@ def open_files(name, paths, column, doc_sep):
 
 def open_text(paths, size, doc_sep):
     """
-    -> what reads the text, and in how many pieces if it is a single document. Long documents are read in pieces, so
-    that a text of few documents too can be divided into train and val.
+    -> a function that reads the text, and the number of pieces if it is a single document: these are counted by reading
+    it once. Long documents are read in pieces, so that a text of few documents too can be divided into train and val.
     """
     def pieces_of(share):
         return functools.partial(read_pieces, doc_sep, min(1 << 20, max(64, int(size * share))))
@@ -790,7 +790,7 @@ def read_stream(name, column, options, state):
     import datasets
     datasets.disable_progress_bars()
     datasets.config.STREAMING_READ_MAX_RETRIES = 5
-    report_retries("datasets", "huggingface_hub")
+    report_retries()
     try:
         stream = datasets.load_dataset(split="train", streaming=True, **options)
     except datasets.exceptions.DatasetNotFoundError:
@@ -806,15 +806,15 @@ def read_stream(name, column, options, state):
         yield rows[column], stream.state_dict()
 
 
-def report_retries(*libraries):
-    """Of what these libraries log, shows only that they try again."""
+def report_retries():
+    """Of what the hub's libraries log, shows only that they try again."""
     def emit(record):
         if "retry" in record.getMessage().lower():
             print(record.getMessage(), file=sys.stderr, flush=True)
 
     handler = logging.Handler()
     handler.emit = emit
-    for library in libraries:
+    for library in ("datasets", "huggingface_hub"):
         logger = logging.getLogger(library)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.WARNING)
@@ -822,7 +822,7 @@ def report_retries(*libraries):
 
 def ask_hub(name, request, hint):
     """-> request(), a call of a library that talks to the Hugging Face hub"""
-    report_retries("datasets", "huggingface_hub")
+    report_retries()
     for failures in itertools.count(1):
         try:
             return request()
@@ -981,6 +981,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     split_shares(splits)  # an error now rather than later
     if shard_tokens >= 2**31:
         raise UserError(f"--shard_tokens={shard_tokens} is too large: a shard's header counts tokens as int32")
+    # Other sources have no doc_sep, and what was prepared of them stays valid whatever its default is.
     has_text = any(s.fingerprint and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources)
     settings = dict(
         source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint for s in sources),
