@@ -258,37 +258,55 @@ def cell(value, spec):
     return "-" if value is None or not math.isfinite(value) else format(value, spec)
 
 
-def compare(names, text, split, stride, data, limit, device, dtype):
+def read_tasks_if_there(tasks, data, limit):
+    """-> {task: examples}, without those that cannot be downloaded"""
+    if data:
+        return hellaswag.read_tasks(tasks, data, limit)
+    found = {}
+    for task in tasks:
+        try:
+            found.update(hellaswag.read_tasks([task], limit=limit))
+        except UserError as e:
+            print(f"no {hellaswag.TASKS[task][0]}: {e}", file=sys.stderr)
+    return found
+
+
+def compare(names, text, split, stride, tasks, data, limit, device, dtype):
     """Prints a table of models, and of published scores."""
-    examples = []
-    try:
-        examples = hellaswag.read_examples(data, limit) if data else hellaswag.download()[:limit]
-    except UserError as e:
-        if data:
-            raise
-        print(f"no HellaSwag: {e}", file=sys.stderr)
-    table = [("model", "parameters", "tokens", "loss", "bits/byte", *hellaswag.MEASURES, "tokens/s", "$")]
+    tasks = read_tasks_if_there(tasks, data, limit)
+    rows = []  # {column: cell}
     for name in names:
         model, enc, known = load(name, ".", device, "float32")
         run = known.get("run", {})
+        row = {"model": name, "parameters": f"{model.param_counts()['total']:,}", "tokens": cell(run.get("tokens"), ",")}
         with hellaswag.precision(model, dtype):
             result = run.get("last_val", {})
             if text:
                 result = measure(model, enc, text, split, stride, doc_mask=has_doc_mask(known))
-            *right, n = hellaswag.evaluate(model, enc, examples)
+            loss = result.get("loss", math.nan)
+            row |= {"loss": cell(loss, ".4f"), "perplexity": cell(hellaswag.perplexity(loss), ".2f"),
+                    "bits/byte": cell(result.get("bpb"), ".4f")}
+            for task, examples in tasks.items():
+                scores = hellaswag.task_scores(model, enc, task, examples)
+                row |= {(task, measure): cell(score, ".4f") for measure, score in scores.items()}
         model.to(pick_dtype(dtype, model.lm_head.weight.device))  # as for generating text
-        scores = [cell(r / n if n else None, ".4f") for r in right]
-        table.append((
-            name, f"{model.param_counts()['total']:,}", cell(run.get("tokens"), ","), cell(result.get("loss"), ".4f"),
-            cell(result.get("bpb"), ".4f"), *scores, f"{tokens_per_second(model):,.1f}",
-            cell(run.get("usd") or None, ".2f")))
-    for name, score in hellaswag.REFERENCES.items():
-        table.append((f"{name}, published", *"-----", f"{score:.4f}", *"---"))
+        rows.append(row | {"tokens/s": f"{tokens_per_second(model):,.1f}", "$": cell(run.get("usd") or None, ".2f")})
+    for name, scores in hellaswag.PUBLISHED.items():
+        if tasks.keys() & {task for task, _ in scores}:
+            rows.append({"model": f"{name}, published", **{column: f"{score:.4f}" for column, score in scores.items()}})
+    print_table(list(rows[0]), rows)
+    where = f"on {text}" if text else "from each model's last validation, on its own text"
+    print(f"loss (nats per token), perplexity and bits per byte {where}", file=sys.stderr)
+
+
+def print_table(columns, rows):
+    """A column is named by a text, or by a task and a measure, one above the other."""
+    pairs = [column if isinstance(column, tuple) else ("", column) for column in columns]
+    above = [hellaswag.TASKS[task][0] if task else "" for task, _ in pairs]
+    table = [above, [measure for _, measure in pairs], *([row.get(c, "-") for c in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *rest in table:
-        print("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:]))]))
-    where = f"on {text}" if text else "from each model's last validation, on its own text"
-    print(f"loss (nats per token) and bits per byte {where}; HellaSwag on {len(examples):,} examples", file=sys.stderr)
+        print("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:]))]).rstrip())
 
 
 # -- serving: OpenAI's completions and chat completions, and a page that uses them
@@ -625,9 +643,9 @@ def parse_options():
     p.add_argument("--stride", type=dataset.positive,
                    help="tokens from one window to the next (default: half the context)")
     p.add_argument("--compare", nargs="+", metavar="MODEL", help="print one table of several, each named as in --ckpt")
-    p.add_argument("--data", help="HellaSwag examples for --compare, .jsonl (default: downloaded)")
+    hellaswag.add_task_options(p)
     p.add_argument("--limit", type=dataset.positive,
-                   help="use only the first tokens of --perplexity; with --compare, the first HellaSwag examples")
+                   help="use only the first tokens of --perplexity; with --compare, each task's first examples")
     p.add_argument("--export", metavar="DIR", help="write the model for transformers")
     defaults = {k: v.default for k, v in inspect.signature(generate_text).parameters.items()}
     p.set_defaults(**{**defaults, "prompt": None, "stop": [], "max_new_tokens": 200})
@@ -645,7 +663,7 @@ def main():
     a = parse_options()
     sys.stdin.reconfigure(errors="replace")  # where the terminal lacks a character
     if a.compare:
-        compare(a.compare, a.perplexity, a.split, a.stride, a.data, a.limit, a.device, a.dtype)
+        compare(a.compare, a.perplexity, a.split, a.stride, a.task, a.data, a.limit, a.device, a.dtype)
         return
     if a.export:  # always on the CPU, and in float32 unless --dtype says otherwise
         a.device, a.dtype = "cpu", "float32" if a.dtype == "auto" else a.dtype
@@ -660,7 +678,7 @@ def main():
         with hellaswag.precision(model, a.dtype):
             m = measure(model, enc, a.perplexity, a.split, a.stride, a.limit, has_doc_mask(known))
         print(f"{known['about']} on {a.perplexity}: {m['tokens']:,} tokens, {m['loss']:.4f} nats per token, perplexity "
-              f"{math.exp(m['loss']):.3f}, {m['bpb']:.4f} bits per byte; {m['how']}")
+              f"{hellaswag.perplexity(m['loss']):.3f}, {m['bpb']:.4f} bits per byte; {m['how']}")
         return
     print(known["about"], file=sys.stderr)
     generator = make_generator(model, a.seed)

@@ -1,19 +1,25 @@
 """
-Evaluation: turns a model and texts into losses, bits per byte, and scores on HellaSwag.
+Evaluation: turns a model and texts into losses, bits per byte, and scores on HellaSwag and other tasks.
 
     python hellaswag.py                     # the newest checkpoint
     python hellaswag.py --ckpt gpt2 --data hellaswag_val.jsonl --limit 1000
+    python hellaswag.py --task arc_easy,arc_challenge,piqa,lambada
 
 HellaSwag (Zellers et al., 2019) asks which of four endings continues a context; chance is 0.25. Three ways to score an
 ending are in use, and all are reported: the sum of its tokens' log-probabilities (acc), their average per token
 (build-nanogpt's acc_norm: GPT-2 124M scores 0.2955), and their average per byte (lm-evaluation-harness's acc_bytes
 and, for ASCII text, its acc_norm). Texts are used as they are; lm-evaluation-harness's task cleans them first.
+
+The other tasks are worded as in lm-evaluation-harness, without examples in the prompt. ARC and PIQA are multiple
+choice too, with two to five endings. LAMBADA asks for the last word of a passage: acc is how often its tokens are the
+most likely ones, and its perplexity is the word's.
 """
 import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
+import argparse
 import json
 import math
 
@@ -25,8 +31,90 @@ from dataset import (Parser, UserError, ask_hub, dtype_name, encode_text, get_to
 from model import autocast, isolate_documents, open_model, pick_dtype
 
 MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
-# acc_norm by token: GPT-2 by build-nanogpt, GPT-3 by its paper. Shown by eval.py --compare and plot.py.
-REFERENCES = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
+# Published scores. GPT-2's are by build-nanogpt, and by lm-evaluation-harness where its texts are ours; GPT-3's is its
+# paper's.
+PUBLISHED = {
+    "GPT-2 124M": {("hellaswag", "acc_norm by token"): 0.2955, ("arc_easy", "acc"): 0.4381, ("lambada", "acc"): 0.3256,
+                   ("lambada", "perplexity"): 40.06},
+    "GPT-3 124M": {("hellaswag", "acc_norm by token"): 0.337},
+}
+
+
+# -- tasks: every record becomes an example, a dict of a context, its endings, and which of these is right
+
+def render_arc(record):
+    return dict(ctx=f"Question: {record['question']}\nAnswer:", endings=record["choices"]["text"],
+                label=record["choices"]["label"].index(record["answerKey"]))
+
+
+def render_piqa(record):
+    return dict(ctx=f"Question: {record['goal']}\nAnswer:", endings=[record["sol1"], record["sol2"]],
+                label=record["label"])
+
+
+def render_lambada(record):
+    passage, _, word = record["text"].rpartition(" ")
+    return dict(ctx=passage, endings=[word], label=0)
+
+
+# Title; dataset on the hub, configuration, split; the columns of a record, and what makes an example of it
+TASKS = {
+    "hellaswag": ("HellaSwag", "Rowan/hellaswag", None, "validation", "ctx, endings, label", dict),
+    "arc_easy": ("ARC-easy", "allenai/ai2_arc", "ARC-Easy", "test", "question, choices, answerKey", render_arc),
+    "arc_challenge": ("ARC-challenge", "allenai/ai2_arc", "ARC-Challenge", "test", "question, choices, answerKey",
+                      render_arc),
+    "piqa": ("PIQA", "baber/piqa", None, "validation", "goal, sol1, sol2, label", render_piqa),
+    "lambada": ("LAMBADA", "EleutherAI/lambada_openai", "default", "test", "text", render_lambada),
+}
+
+
+def task_names(text):
+    names = text.split(",")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(TASKS)}")
+    return names
+
+
+def download(task="hellaswag"):
+    """A task's examples, from the Hugging Face hub or its cache"""
+    import datasets
+    datasets.disable_progress_bars()
+    _, repository, config, split, _, render = TASKS[task]
+    hint = ", or name a file of examples with hellaswag.py --data"
+    return [render(record) for record in ask_hub(
+        repository, lambda: datasets.load_dataset(repository, config, split=split), hint)]
+
+
+def read_examples(path, limit=None, task="hellaswag"):
+    """A .jsonl file of a task's records -> examples"""
+    title, *_, columns, render = TASKS[task]
+    examples = []
+    for number, line in read_lines(path):
+        try:
+            examples.append(render(json.loads(line)))
+            check_example(examples[-1])
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            raise UserError(f"{path}, line {number}: not an example of {title} ({columns})") from None
+        if limit and len(examples) == limit:
+            break
+    if not examples:
+        raise UserError(f"{path} holds no examples")
+    return examples
+
+
+def read_tasks(tasks, path=None, limit=None):
+    """-> {task: its examples}, of a file or downloaded"""
+    if path and len(tasks) > 1:
+        raise UserError("--data is a file of one task's examples; name one --task")
+    return {task: read_examples(path, limit, task) if path else download(task)[:limit] for task in tasks}
+
+
+def check_example(example):
+    endings = example["endings"]
+    if not isinstance(endings, list) or int(example["label"]) not in range(len(endings)):
+        raise ValueError
+    if not all(isinstance(text, str) and text.encode() for text in (example["ctx"], *endings)):
+        raise ValueError  # as does half a surrogate pair
 
 
 # -- losses
@@ -44,17 +132,19 @@ def ids_at_once(device):
 
 def token_losses(model, x, targets):
     """
-    The cross-entropy of targets (N,) given final hidden states x (N, C). The vocabulary is taken part by part: logits
-    that fit into a CPU's cache are computed 1.4 times as fast, and a GPU need not hold all of them.
+    The cross-entropy of targets (N,) given final hidden states x (N, C), and whether each is the most likely token. The
+    vocabulary is taken part by part: logits that fit into a CPU's cache are computed 1.4 times as fast, and a GPU need
+    not hold all of them.
     """
-    size, sums, target_logits = ids_at_once(x.device), [], torch.zeros(len(targets), device=x.device)
+    size, sums, largest, target_logits = ids_at_once(x.device), [], [], torch.zeros(len(targets), device=x.device)
     for begin in range(0, model.cfg.vocab_size, size):
         logits = model.logits(x, slice(begin, begin + size)).float()  # (N, size)
         sums.append(logits.logsumexp(1))
+        largest.append(logits.amax(1))
         column = (targets - begin).clamp(0, logits.size(1) - 1)
         is_in_part = column == targets - begin
         target_logits = torch.where(is_in_part, logits.gather(1, column[:, None])[:, 0], target_logits)
-    return torch.stack(sums).logsumexp(0) - target_logits
+    return torch.stack(sums).logsumexp(0) - target_logits, target_logits == torch.stack(largest).amax(0)
 
 
 @torch.no_grad()
@@ -70,7 +160,8 @@ def sum_losses(model, batches, byte_lengths=None, should_stop=lambda: False):
             break
         hidden = model.hidden(x, *isolate_documents(*document)) if document else model.hidden(x)
         targets = y[y >= 0]
-        nats += token_losses(model, hidden[y >= 0], targets).cpu().double().sum().item()
+        losses, _ = token_losses(model, hidden[y >= 0], targets)
+        nats += losses.cpu().double().sum().item()
         tokens += len(targets)
         if byte_lengths is not None:
             n_bytes += byte_lengths[targets].sum().item()
@@ -82,39 +173,11 @@ def bits_per_byte(nats, n_bytes):
     return nats / math.log(2) / n_bytes if n_bytes else math.nan
 
 
-# -- HellaSwag
-
-def download():
-    """The validation examples, from the Hugging Face hub or its cache"""
-    import datasets
-    datasets.disable_progress_bars()
-    hint = ", or name a file of examples with hellaswag.py --data"
-    return list(ask_hub("Rowan/hellaswag", lambda: datasets.load_dataset("Rowan/hellaswag", split="validation"), hint))
+def perplexity(loss):
+    return torch.tensor(loss, dtype=torch.float64).exp().item()  # inf for a loss for which math.exp fails
 
 
-def read_examples(path, limit=None):
-    """A .jsonl file -> a list of dicts with ctx, endings and label"""
-    examples = []
-    for number, line in read_lines(path):
-        try:
-            examples.append(json.loads(line))
-            check_example(examples[-1])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise UserError(f"{path}, line {number}: not a HellaSwag example (ctx, four endings, label)") from None
-        if limit and len(examples) == limit:
-            break
-    if not examples:
-        raise UserError(f"{path} holds no examples")
-    return examples
-
-
-def check_example(example):
-    endings = example["endings"]
-    if not isinstance(endings, list) or len(endings) != 4 or int(example["label"]) not in range(4):
-        raise ValueError
-    if not all(isinstance(text, str) and text.encode() for text in (example["ctx"], *endings)):
-        raise ValueError  # as does half a surrogate pair
-
+# -- scores
 
 def split_example(example, enc, block_size=1024):
     """
@@ -130,20 +193,21 @@ def split_example(example, enc, block_size=1024):
 
 class Batch:
     """
-    Examples as rows of one tensor. A row is a context and then its four endings, each without its last token, which is
-    only ever a target. A mask hides the endings from one another, and the positions of each continue from the context:
-    so the context is computed once instead of four times.
+    Examples as rows of one tensor. A row is a context and then its endings, each without its last token, which is only
+    ever a target. A mask hides the endings from one another, and the positions of each continue from the context: so
+    the context is computed once instead of once per ending.
     """
 
     def __init__(self, examples, device):
-        # A segment is 0 for the context and 1 to 4 for the endings. Padding is 0 too, but nothing before it sees it.
+        # A segment is 0 for the context, 1 for the first ending, ... Padding is 0 too, but nothing before it sees it.
+        n_endings = max(len(endings) for _, endings, _, _ in examples)
         rows, positions, segments, sources, targets = [], [], [], [], []
         for r, (context, endings, _, _) in enumerate(examples):
             row, position, segment = list(context), list(range(len(context))), [0] * len(context)
             for i, ending in enumerate(endings):
                 # A token is predicted at the token before it; for an ending's first that is the end of the context.
                 places = [len(context) - 1, *range(len(row), len(row) + len(ending) - 1)]
-                sources += [(r, place, 4 * r + i) for place in places]
+                sources += [(r, place, n_endings * r + i) for place in places]
                 targets += ending
                 row += ending[:-1]
                 position += range(len(context), len(context) + len(ending) - 1)
@@ -159,16 +223,18 @@ class Batch:
         # For every target (N,): the row and the place where it is predicted, and the ending it belongs to.
         self.row, self.place, self.ending = torch.tensor(sources, device=device).T
         self.targets = torch.tensor(targets, device=device)
-        # How many tokens and how many bytes every ending has, (B, 4)
-        self.n_tokens = torch.tensor([[len(e) for e in endings] for _, endings, _, _ in examples], device=device)
-        self.n_bytes = torch.tensor([n_bytes for _, _, n_bytes, _ in examples], device=device)
+        # How many tokens and how many bytes every ending has, (B, n_endings); 0 where an example has fewer endings
+        self.n_tokens, self.n_bytes = (
+            nn.utils.rnn.pad_sequence(list(map(torch.tensor, column)), batch_first=True).to(device)
+            for column in ([[len(e) for e in endings] for _, endings, _, _ in examples],
+                           [n_bytes for _, _, n_bytes, _ in examples]))
         self.labels = torch.tensor([label for *_, label in examples], device=device)  # (B,)
 
 
 def encode(examples, enc, block_size):
     """Each example as (context, endings, bytes of each ending without its leading space, label)"""
     if block_size < 2:
-        raise UserError("HellaSwag needs a model with a context of at least two tokens")
+        raise UserError("to judge endings, a model needs a context of at least two tokens")
     return [(*split_example(e, enc, block_size), [len(text.encode()) for text in e["endings"]], int(e["label"]))
             for e in examples]
 
@@ -194,34 +260,62 @@ def make_batches(encoded, budget):
 @torch.no_grad()
 def score(model, encoded, rank=0, world_size=1, should_stop=lambda: False):
     """
-    -> how many of this process's share are right by the sum, per token and per byte, and how many it has. Asks
+    Over this process's share of the examples -> how many are right by each of MEASURES, for how many the right ending's
+    tokens are the most likely ones, the right endings' summed loss in nats, and how many examples there are. Asks
     `should_stop` between batches.
     """
     was_training, device = model.training, model.lm_head.weight.device
     model.eval()
     batches = make_batches(encoded, batch_tokens(device))[rank::world_size]
-    right, n = torch.zeros(3, device=device), 0
-    with progress_bar(sum(map(len, batches)) if rank == 0 else 0, "HellaSwag examples") as bar:
+    totals, n = torch.zeros(5, device=device), 0
+    with progress_bar(sum(map(len, batches)) if rank == 0 else 0, "examples") as bar:
         for examples in batches:
             if should_stop():
                 break
             batch = Batch(examples, device)
             x = model.hidden(batch.idx, batch.positions, batch.mask)[batch.row, batch.place]  # (B, L, C) -> (N, C)
-            losses = token_losses(model, x, batch.targets)
-            sums = torch.zeros(4 * len(examples), device=device).index_add_(0, batch.ending, losses).view(-1, 4)
-            for i, scores in enumerate((sums, sums / batch.n_tokens, sums / batch.n_bytes)):
-                is_right = scores.argmin(dim=1) == batch.labels
-                right[i] += (is_right & scores.isfinite().all(dim=1)).sum()  # no credit for NaN
+            totals += torch.stack(judge(batch, *token_losses(model, x, batch.targets)))
             n += len(examples)
             if rank == 0:
                 bar.update(len(examples))
     model.train(was_training)
-    return *map(int, right.tolist()), n
+    return *totals.tolist(), n
+
+
+def judge(batch, losses, is_likeliest):
+    """A batch's totals, from the loss of each target (N,) and whether it is the most likely token"""
+    def per_ending(values):
+        sums = torch.zeros(batch.n_tokens.numel(), device=values.device).index_add_(0, batch.ending, values)
+        return sums.view_as(batch.n_tokens)  # (N,) -> (B, n_endings)
+
+    sums, labels = per_ending(losses), batch.labels[:, None]
+    is_missing, is_finite = batch.n_tokens == 0, sums.isfinite().all(dim=1)
+    totals = []
+    for scores in (sums, sums / batch.n_tokens, sums / batch.n_bytes):
+        best = scores.masked_fill(is_missing, math.inf).argmin(dim=1)
+        totals.append(((best == batch.labels) & is_finite).sum())  # no credit for NaN
+    is_greedy = per_ending(is_likeliest.float()) == batch.n_tokens
+    return [*totals, is_greedy.gather(1, labels).sum(), sums.gather(1, labels).sum()]
 
 
 def evaluate(model, enc, examples, rank=0, world_size=1):
     """-> how many of this process's share of the examples are right by each of MEASURES, and how many it has"""
-    return score(model, encode(examples, enc, model.cfg.block_size), rank, world_size)
+    *right, _, _, n = score(model, encode(examples, enc, model.cfg.block_size), rank, world_size)
+    return *map(int, right), n
+
+
+def task_scores(model, enc, task, examples):
+    """-> {measure: score}"""
+    *right, n_greedy, nats, n = score(model, encode(examples, enc, model.cfg.block_size))
+    if task == "lambada":
+        return {"acc": n_greedy / n, "perplexity": perplexity(nats / n)}
+    return {measure: count / n for measure, count in zip(MEASURES, right)}
+
+
+def with_error(measure, score, n):
+    """A score and, of a share of n examples, its standard error"""
+    text = f"{measure} {score:.4f}"
+    return text if measure == "perplexity" else text + f" +- {math.sqrt(score * (1 - score) / n):.4f}"
 
 
 def add_model_options(p):
@@ -234,19 +328,25 @@ def add_model_options(p):
                    help="(default: %(default)s)")
 
 
+def add_task_options(p):
+    p.add_argument("--task", type=task_names, default=["hellaswag"],
+                   help=f"one or more of {','.join(TASKS)} (default: hellaswag)")
+    p.add_argument("--data", help="a .jsonl file of the task's examples (default: downloaded)")
+
+
 def main():
     p = Parser(prog="hellaswag.py", description=__doc__)
     add_model_options(p)
-    p.add_argument("--data", help="a .jsonl file of examples (default: downloaded)")
+    add_task_options(p)
     p.add_argument("--limit", type=positive, help="use only the first examples")
     a = p.parse_args()
     model, known = open_model(a.ckpt, a.out_dir, a.device, "float32")
-    examples = read_examples(a.data, a.limit) if a.data else download()[:a.limit]
-    with precision(model, a.dtype):
-        *right, n = evaluate(model, get_tokenizer(known["tokenizer"]), examples)
-    # each share with its standard error
-    scores = [f"{name} {r / n:.4f} +- {math.sqrt(r / n * (1 - r / n) / n):.4f}" for name, r in zip(MEASURES, right)]
-    print(f"HellaSwag of {known['about']}, {n:,} examples: {', '.join(scores)}")
+    enc = get_tokenizer(known["tokenizer"])
+    for task, examples in read_tasks(a.task, a.data, a.limit).items():
+        with precision(model, a.dtype):
+            scores = task_scores(model, enc, task, examples)
+        text = ", ".join(with_error(*item, len(examples)) for item in scores.items())
+        print(f"{TASKS[task][0]} of {known['about']}, {len(examples):,} examples: {text}")
 
 
 if __name__ == "__main__":

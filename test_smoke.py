@@ -31,7 +31,7 @@ import threading
 import time
 import urllib.parse
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 
 import filelock
 import numpy as np
@@ -904,19 +904,31 @@ def test_a_hundred_documents_in_a_row_have_the_shares_asked_for(shares):
 EXAMPLE = {"ctx": "A cat", "label": "1", "endings": ["sat", "is", "ran", "x"]}
 
 
-def hub_card(config, path):
-    return f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {path}\n---\n"
+def hub_card(*configs):
+    entries = [f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {path}\n"
+               for config, split, path in configs]
+    return "---\nconfigs:\n" + "".join(entries) + "---\n"
 
 
 # Where the files of a dataset lie on the hub, and what its card says of them
-SAMPLE_10BT = ("sample/10BT/000_00000.parquet", hub_card("sample-10BT", "sample/10BT/*"))
+SAMPLE_10BT = ("sample/10BT/000_00000.parquet", hub_card(("sample-10BT", "train", "sample/10BT/*")))
 HUB = {
     "HuggingFaceFW/fineweb-edu": SAMPLE_10BT, "HuggingFaceFW/fineweb": SAMPLE_10BT,
     "roneneldan/TinyStories": ("data/train-00000-of-00001.parquet", None),
     "wikimedia/wikisource": (
-        "20231201.en/train-00000-of-00001.parquet", hub_card("20231201.en", "20231201.en/train-*")),
+        "20231201.en/train-00000-of-00001.parquet", hub_card(("20231201.en", "train", "20231201.en/train-*"))),
     "togethercomputer/RedPajama-Data-1T-Sample": ("RedPajama-Data-1T-Sample.py", None),
     "togethercomputer/RedPajama-Data-1T-Sample@parquet": ("default/train/0000.parquet", None)}
+# What the tasks' datasets have: configuration, split, a record, and the context, endings and label that it stands for
+ARC = {"id": "1", "question": "Who sat?", "choices": {"text": ["a dog", "cat", "a hen"], "label": ["A", "B", "C"]}}
+ARC_TEXT = "Question: Who sat?\nAnswer:", ["a dog", "cat", "a hen"]
+TASK_DATA = {
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", {**ARC, "answerKey": "B"}, (*ARC_TEXT, 1)),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", {**ARC, "answerKey": "C"}, (*ARC_TEXT, 2)),
+    "piqa": ("baber/piqa", "default", "validation", {"goal": "To sit,", "sol1": "stand.", "sol2": "sit.", "label": 1},
+             ("Question: To sit,\nAnswer:", ["stand.", "sit."], 1)),
+    "lambada": ("EleutherAI/lambada_openai", "default", "test", {"text": "the cat sat on the  mat."},
+                ("the cat sat on the ", ["mat."], 0))}
 MAIN, PARQUET = "0" * 40, "1" * 40  # commits of the branches main and refs/convert/parquet
 
 
@@ -1022,6 +1034,14 @@ def hub(tmp_path_factory):
         GPT(small(vocab_size=50257)).save_pretrained(str(root / "models" / name))
     (root / "datasets/Rowan/hellaswag").mkdir(parents=True)
     (root / "datasets/Rowan/hellaswag/validation.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    cards = defaultdict(list)
+    for name, config, split, record, _ in TASK_DATA.values():
+        path = f"{config}/{split}-00000-of-00001.parquet"
+        (root / "datasets" / name / config).mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record] * 3), root / "datasets" / name / path)
+        cards[name].append((config, split, path))
+    for name, configs in cards.items():
+        (root / "datasets" / name / "README.md").write_text(hub_card(*configs))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.root, server.fault = root, dict(what="", where="", left=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -1151,6 +1171,21 @@ def test_models_and_hellaswag_are_downloaded_although_the_hub_fails_at_first(hub
     assert f"HellaSwag of {name}, " in r.stdout and ", 1 examples: acc " in r.stdout
     full = name if "/" in name else f"openai-community/{name}"
     assert f"reading {full} from the Hugging Face hub\n{full}: " in r.stderr and "trying again in 2 s" in r.stderr
+
+
+def test_tasks_are_downloaded_and_worded_as_lm_evaluation_harness_does(hub, workspace):
+    code = f"""
+import json, hellaswag
+print(json.dumps([hellaswag.download(task) for task in {list(TASK_DATA)}]))"""
+    env = {**os.environ, "PYTHONPATH": HERE, **hub}
+    r = subprocess.run([sys.executable, "-c", code], cwd=workspace, env=env, text=True, capture_output=True)
+    for examples, (*_, record, (ctx, endings, label)) in zip(json.loads(r.stdout), TASK_DATA.values()):
+        assert examples == [dict(ctx=ctx, endings=endings, label=label)] * 3
+    r = run_ok(here("hellaswag.py"), f"--task={','.join(TASK_DATA)}", "--out_dir=runs/fp32", cwd=workspace, **hub)
+    share = r"(0|1)\.0000 \+- 0\.0000"
+    titles = [rf"{title} of .*, 3 examples: acc {share}, acc_norm by token {share}, acc_norm by byte {share}\n"
+              for title in ("ARC-easy", "ARC-challenge", "PIQA")]
+    assert re.fullmatch("".join(titles) + rf"LAMBADA of .*, 3 examples: acc {share}, perplexity \d+\.\d+\n", r.stdout)
 
 
 @needs_gpt2
@@ -2942,7 +2977,7 @@ def strided_losses(model, tokens, stride, eot=None):
     out = []
     for x, y, *document in eval_script.strided_batches(tokens, model.cfg.block_size, stride, "cpu", eot, 40):
         hidden = model.hidden(x, *(isolate_documents(document[0]) if document else []))
-        out += hellaswag.token_losses(model, hidden[y >= 0], y[y >= 0]).tolist()
+        out += hellaswag.token_losses(model, hidden[y >= 0], y[y >= 0])[0].tolist()
     return out
 
 
@@ -3016,47 +3051,79 @@ def test_models_are_compared_in_one_table(workspace):
     write_lines(workspace / "h.jsonl", [EXAMPLE])
     names = ["runs/fp32", "runs/pairs/checkpoints/model_000030.pt"]
     r = run_ok(here("eval.py"), "--compare", *names, "--data=h.jsonl", cwd=workspace)
-    rows = [re.split(r"  +", line) for line in r.stdout.splitlines()]
+    above, *rows = [re.split(r"  +", line) for line in r.stdout.splitlines()]
     assert [row[0] for row in rows[1:]] == [*names, "GPT-2 124M, published", "GPT-3 124M, published"]
     assert rows[1][2] == "7,680"
-    assert float(rows[1][3]) == pytest.approx(losses(workspace / "runs/fp32", "val")[-1], abs=1e-4)
-    assert rows[0][5:8] == list(hellaswag.MEASURES) and rows[3][6] == "0.2955"
+    loss = losses(workspace / "runs/fp32", "val")[-1]
+    assert rows[1][3:5] == [f"{loss:.4f}", f"{math.exp(loss):.2f}"]
+    assert above[1:] == ["HellaSwag"] * 3 and rows[0][6:9] == list(hellaswag.MEASURES)
+    assert rows[3][6:9] == ["-", "0.2955", "-"]
+
+
+def test_models_are_compared_on_several_tasks(hub, workspace):
+    options = ["--compare", "runs/fp32", "--task=lambada,arc_easy"]
+    r = run_ok(here("eval.py"), *options, cwd=workspace, **hub)
+    above, *rows = [re.split(r"  +", line) for line in r.stdout.splitlines()]
+    assert above[1:] == ["LAMBADA"] * 2 + ["ARC-easy"] * 3
+    assert rows[0][6:11] == ["acc", "perplexity", *hellaswag.MEASURES]
+    assert rows[2][6:11] == ["0.3256", "40.0600", "0.4381", "-", "-"] and len(rows) == 3
 
 
 # -- hellaswag.py
 
 @torch.no_grad()
-def slow_hellaswag(model, enc, examples):
-    """Each ending alone after its context, token by token.  -> how many are right by sum, by token, by byte"""
-    right = [0, 0, 0]
+def slow_scores(model, enc, examples):
+    """
+    Each ending alone after its context, token by token.  -> how many are right by sum, by token, by byte; how many of
+    the right endings are what the model says, and their loss
+    """
+    right, n_greedy, nats = [0, 0, 0], 0, 0.0
     for e in examples:
         scores = [[], [], []]
-        for ending in e["endings"]:
+        for i, ending in enumerate(e["endings"]):
             context, rest = enc.encode_ordinary(e["ctx"]), enc.encode_ordinary(" " + ending)
             idx = torch.tensor([context + rest])
-            log_p = model(idx, idx)[0][0].log_softmax(-1)
-            loss = -sum(log_p[len(context) + i - 1, t].item() for i, t in enumerate(rest))
+            log_p = model(idx, idx)[0][0].log_softmax(-1)[len(context) - 1:-1]
+            loss = -sum(log_p[i, t].item() for i, t in enumerate(rest))
             for column, length in zip(scores, (1, len(rest), len(ending.encode()))):
                 column.append(loss / length)
+            if i == int(e["label"]):
+                n_greedy += log_p.argmax(-1).tolist() == rest
+                nats += loss
         for i, column in enumerate(scores):
             right[i] += column.index(min(column)) == int(e["label"])
-    return *right, len(examples)
+    return *right, n_greedy, nats, len(examples)
+
+
+def random_examples(n, n_endings):
+    rng, words = random.Random(0), stories(1)[0].split() + ["é", "☃☃☃"]
+    examples = []
+    for _ in range(n):
+        endings = [" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(rng.choice(n_endings))]
+        ctx, label = " ".join(rng.choices(words, k=8)), rng.randrange(len(endings))
+        examples.append(dict(ctx=ctx, endings=endings, label=str(label)))
+    return examples
 
 
 @each_kind
 @pytest.mark.parametrize("budget", [100, 2048])
-def test_hellaswag_equals_a_slow_loop_over_single_endings(monkeypatch, switches, budget):
+@pytest.mark.parametrize("n_endings", [[4], [1, 2, 5]], ids=str)
+def test_scores_equal_a_slow_loop_over_single_endings(monkeypatch, switches, budget, n_endings):
     monkeypatch.setattr(hellaswag, "batch_tokens", lambda device: budget)
     monkeypatch.setattr(hellaswag, "ids_at_once", lambda device: 150)  # of 400
-    enc, rng = get_tokenizer(make_bpe(stories(50), 400)), random.Random(0)
+    enc, examples = get_tokenizer(make_bpe(stories(50), 400)), random_examples(60, n_endings)
     model = lively(**{**switches, "block_size": 96, "vocab_size": 400})
-    words = stories(1)[0].split() + ["é", "☃☃☃"]
-    examples = [{"ctx": " ".join(rng.choices(words, k=8)), "label": rng.randrange(4),
-                 "endings": [" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(4)]} for _ in range(60)]
-    slow = slow_hellaswag(model, enc, examples)
-    assert hellaswag.evaluate(model, enc, examples) == slow and len(set(slow)) > 2
+    is_word = [bool(re.fullmatch(r" \w+", enc.decode([token]))) for token in range(400)]
+    model.lm_head.weight.data[~torch.tensor(is_word)] *= 0.1  # so that it says words
+    for e in examples[:30]:  # endings that the model would say itself
+        context = torch.tensor([enc.encode_ordinary(e["ctx"])])
+        said = enc.decode(model.generate(context, 1, temperature=0)[0, -1:].tolist())
+        e["endings"][int(e["label"])] = said[1:] or "x"
+    slow = slow_scores(model, enc, examples)
+    fast = hellaswag.score(model, hellaswag.encode(examples, enc, 96))
+    assert fast == pytest.approx(slow, rel=1e-5) and len(set(slow)) > 4 and 5 < slow[3] < 60
     shares = [hellaswag.evaluate(model, enc, examples, rank, 3) for rank in range(3)]
-    assert tuple(map(sum, zip(*shares))) == slow
+    assert tuple(map(sum, zip(*shares))) == (*slow[:3], 60)
 
 
 def test_a_long_hellaswag_example_loses_the_beginning_of_its_context():
@@ -3410,8 +3477,8 @@ def test_hellaswag_on_cuda_equals_a_slow_loop_over_single_endings():
     model = lively(block_size=96, vocab_size=384)
     examples = [{"ctx": "".join(rng.choices("abc ", k=20)), "label": rng.randrange(4),
                  "endings": ["".join(rng.choices("abc", k=rng.randint(1, 9))) for _ in range(4)]} for _ in range(60)]
-    slow = slow_hellaswag(model, enc, examples)
-    assert hellaswag.evaluate(model.to(CUDA), enc, examples) == slow
+    slow = slow_scores(model, enc, examples)
+    assert hellaswag.evaluate(model.to(CUDA), enc, examples) == (*slow[:3], slow[-1])
 
 
 @needs_cuda
@@ -4104,7 +4171,7 @@ MISTAKES = {
         ["eval.py", "--ckpt=object.pt", "--prompt=x"], "object.pt is not a checkpoint of train.py, nanoGPT or"),
     "a Hugging Face folder without a shape": (["eval.py", "--ckpt=hf", "--prompt=x"], "config.json lacks n_embd,"),
     "examples that are not HellaSwag": (
-        ["hellaswag.py", "--data=t.jsonl", "--out_dir=runs/fp32"], "line 1: not a HellaSwag example"),
+        ["hellaswag.py", "--data=t.jsonl", "--out_dir=runs/fp32"], "line 1: not an example of HellaSwag"),
     "patience without validation": ([*T, "--patience=2", "--val_interval=0"], "patience needs a val_interval above 0"),
     "a share of no teacher": ([*T, "--distill_alpha=0.3"], "name one with --teacher"),
     "another seed on resume": ([*RESUMED, "--seed=5"], "has seed=1337, not 5; that cannot change"),
@@ -4122,7 +4189,7 @@ MISTAKES = {
     "a source to verify": ([*TXT, "--verify=data/t"], "--source does not apply to --verify"),
     "a damaged numpy shard": ([*T, "--data=data/numpy"], "train.npy is not a token shard, or is damaged"),
     "half a surrogate pair in HellaSwag": (
-        ["hellaswag.py", "--data=surrogate.jsonl", "--out_dir=runs/fp32"], "line 1: not a HellaSwag example"),
+        ["hellaswag.py", "--data=surrogate.jsonl", "--out_dir=runs/fp32"], "line 1: not an example of HellaSwag"),
     "no examples at all": (["hellaswag.py", "--limit=0"], "0 must be at least 1"),
     "a share of the probability above 1": ([*E, "--top_p=2", "--prompt=x"], "--top_p=2.0 is out of range"),
     "no samples at all": ([*E, "--num_samples=0", "--prompt=x"], "0 must be at least 1"),

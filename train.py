@@ -1222,13 +1222,14 @@ def evaluate(run, log, model, held_out, byte_lengths, examples, enc, template, B
                        bpb=f"{bpb:.6f}", tokens=int(tokens))
     if examples and is_due(hella_interval, run):
         counts = hellaswag.score(model, examples, rank, world_size, should_stop)
-        acc, by_token, by_byte, n, stopped = all_sum(device, *counts, should_stop())
+        acc, by_token, by_byte, _, _, n, stopped = all_sum(device, *counts, should_stop())
         if stopped:
             return False
         run["hella"] = by_token / n
         if log:
-            log.record(step, "hella", by_token / n, f"HellaSwag {by_token / n:.4f}", acc=f"{acc / n:.4f}",
-                       by_byte=f"{by_byte / n:.4f}", examples=int(n))
+            text = hellaswag.with_error("HellaSwag", by_token / n, n)
+            log.record(step, "hella", by_token / n, text, acc=f"{acc / n:.4f}", by_byte=f"{by_byte / n:.4f}",
+                       examples=int(n))
     if enc and rank == 0 and step > 0 and is_due(sample_interval, run):
         try:
             print_sample(step, model, enc, template)
@@ -1421,7 +1422,8 @@ if __name__ == "__main__":
     if is_main and not bench:
         log = Log(run, ckpt, dict(
             recipe=recipe, step=first_step, world_size=world_size, micro_batch=B, device=device.type, dtype=amp_name,
-            parameters=n_parameters, flops_per_token=flops_per_token, config=settings, references=hellaswag.REFERENCES))
+            parameters=n_parameters, flops_per_token=flops_per_token, config=settings,
+            references={name: scores["hellaswag", "acc_norm by token"] for name, scores in hellaswag.PUBLISHED.items()}))
         print(f"micro-batch {B} x {accumulate} per step; {loader.rows.summary()}; log and checkpoints in "
               f"{os.path.abspath(out_dir)}" + (f"; from step {first_step}" if first_step else ""), flush=True)
     examples = load_hellaswag(enc, is_local_main, device) if hella_interval and enc else None
