@@ -278,7 +278,8 @@ def compare(names, text, split, stride, tasks, data, limit, device, dtype):
     for name in names:
         model, enc, known = load(name, ".", device, "float32")
         run = known.get("run", {})
-        row = {"model": name, "parameters": f"{model.param_counts()['total']:,}", "tokens": cell(run.get("tokens"), ",")}
+        n_parameters = model.param_counts()["total"]
+        row = {"model": name, "parameters": f"{n_parameters:,}", "tokens": cell(run.get("tokens"), ",")}
         with hellaswag.precision(model, dtype):
             result = run.get("last_val", {})
             if text:

@@ -4,18 +4,30 @@ Draws logs.
     python plot.py log.txt                                  # -> log.png
     python plot.py runs/*/log.txt --out compare.png         # several runs in one picture; .pdf and .svg work too
     python plot.py runs/*/log.txt --x hours                 # or tokens, dollars, FLOPs
+    python plot.py log.txt --term                           # the losses in the terminal, as over ssh
 
 A log has one record a line, `step stream value key=value ...`. Its first three columns are build-nanogpt's, so that
 project's logs can be drawn as well.
 """
 import argparse
+import itertools
 import json
+import math
 import os
+import shutil
 import sys
 
 COLORS = ["#2a6fbb", "#d1602e", "#3a923a", "#8a5fb0", "#c2385e", "#7a6a53", "#1b9aaa", "#888888"]
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "axes.titlesize": 9, "grid.color": "#e6e6e6", "axes.edgecolor": "#888888", "legend.frameon": False}
+DARK = {"figure.facecolor": "#161616", "axes.facecolor": "#161616", "grid.color": "#333333", **dict.fromkeys(
+    ["text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], "#dddddd")}
+# Is my loss normal? Validation losses of a run of a recipe on two CPU cores, {tokens: loss}. Drawn behind its own runs.
+TYPICAL = {
+    "tiny": {102_400: 4.438, 204_800: 4.174, 307_200: 4.054, 409_600: 3.981, 512_000: 3.888, 614_400: 3.850,
+             716_800: 3.782, 819_200: 3.767, 921_600: 3.728, 1_024_000: 3.696},
+    "shakespeare": {256_000: 2.004, 512_000: 1.876, 768_000: 1.743, 1_024_000: 1.641},
+}
 
 
 def fail(message):
@@ -55,7 +67,8 @@ def read_header(text):
         header = json.loads(text)
         tokens, price = float(header["config"]["total_batch_size"]), header["config"].get("usd_per_gpu_hour", 0)
         references = {str(k): float(v) for k, v in header.get("references", {}).items()}
-        return dict(tokens=tokens, FLOPs=tokens * float(header.get("flops_per_token", 0)), hours=1 / 3600,
+        return dict(recipe=str(header.get("recipe", "")), tokens=tokens, hours=1 / 3600,
+                    FLOPs=tokens * float(header.get("flops_per_token", 0)),
                     dollars=float(header.get("world_size", 1)) * float(price) / 3600, references=references)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
@@ -122,6 +135,16 @@ def draw_losses(ax, streams, to_x, color, prefix):
     return [y for y in train_y + val_y if y == y]
 
 
+def draw_typical(ax, logs, kind):
+    """The losses of another run of the same recipe, if the logs are of one recipe and tell steps from tokens"""
+    recipes = {header.get("recipe") for _, header in logs}
+    typical = TYPICAL.get(recipes.pop(), {}) if len(recipes) == 1 and kind in ("step", "tokens") else {}
+    if typical:
+        scale = logs[0][1]["tokens"] if kind == "step" else 1
+        x, y = [tokens / scale for tokens in typical], list(typical.values())
+        ax.plot(x, y, color="#999999", linestyle="--", linewidth=1, label=f"validation, a typical run: {y[-1]:.3f}")
+
+
 def zoom_in(ax, losses):
     """The first steps are far above the rest: show the range where most of the run lies."""
     low, high, top = min(losses), sorted(losses)[int(0.97 * (len(losses) - 1))], max(losses)
@@ -129,18 +152,49 @@ def zoom_in(ax, losses):
         ax.set_ylim(low - 0.06 * (high - low), high + 0.15 * (high - low))
 
 
-def plot(paths, out, x="step"):
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+def read_logs(paths, x):
+    """-> the logs, and for each what turns its steps into x"""
     logs = [read_log(path) for path in paths]
     axis_of = [horizontal(x, *log) for log in logs]
     for path, to_x in zip(paths, axis_of):
         if not to_x:
             fail(f"{path} does not say how many {x} a step has; plot by steps")
+    return logs, axis_of
+
+
+def print_chart(paths, x="step"):
+    """The losses as text: a letter for each run, smoothed training losses or, without these, validation's"""
+    width, height = max(40, shutil.get_terminal_size().columns - 10), 20
+    curves = []
+    for (streams, _), to_x in zip(*read_logs(paths, x)):
+        xs, ys = series(streams["train"], to_x)
+        xs, ys = (xs, smooth(ys, len(ys) / 50)) if xs else series(streams["val"], to_x)
+        curves.append([point for point in zip(xs, ys) if math.isfinite(point[1])])
+    losses = sorted(y for curve in curves for _, y in curve)
+    if not losses:
+        fail("nothing is logged yet")
+    low, high = losses[0], losses[int(0.97 * (len(losses) - 1))]  # the first steps are far above the rest
+    right, grid = max(x for curve in curves for x, _ in curve) or 1, [[" "] * width for _ in range(height)]
+    for letter, curve in zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), curves):
+        by_column = {round(x_value / right * (width - 1)): y for x_value, y in curve}  # the last of each
+        for column, y in by_column.items():
+            row = round((high - y) / ((high - low) or 1) * (height - 1))
+            grid[max(0, row)][column] = letter
+    for i, row in enumerate(grid):
+        print(f"{high - (high - low) * i / (height - 1):8.3f} {''.join(row).rstrip()}")
+    print(f"{'':9}{0:<{width - 12}}{right:>12,.6g}  {x}".rstrip())
+    for letter, name, curve in zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), short_names(paths), curves):
+        print(f"{letter}: {name}" + (f", {curve[-1][1]:.3f} at the end" if curve else ", nothing logged yet"))
+
+
+def plot(paths, out, x="step", dark=False):
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+    logs, axis_of = read_logs(paths, x)
     has_hella = any(streams["hella"] for streams, _ in logs)
 
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams.update({**STYLE, **(DARK if dark else {})})
     fig = Figure(figsize=(11, 6.2), layout="constrained")
     above = "loss loss loss loss hella hella" if has_hella else "loss loss loss loss loss loss"
     axes = fig.subplot_mosaic([above.split(), "lr lr lr speed speed speed".split()], height_ratios=[3, 1])
@@ -162,6 +216,7 @@ def plot(paths, out, x="step"):
         hella.set(title="HellaSwag accuracy")
         hella.legend(loc="lower right")
     if losses:
+        draw_typical(loss, logs, x)
         zoom_in(loss, losses)
         loss.legend()
     else:
@@ -191,9 +246,14 @@ def main():
     p.add_argument("--out", help="the picture: .png, .pdf or .svg (the log's name with .png; logs.png for several)")
     p.add_argument("--x", choices=("step", "tokens", "hours", "dollars", "FLOPs"), default="step",
                    help="the horizontal axis (%(default)s)")
+    p.add_argument("--dark", action="store_true", help="light on dark")
+    p.add_argument("--term", action="store_true", help="print a chart of the losses instead of writing a picture")
     a = p.parse_args()
+    if a.term:
+        print_chart(a.logs, a.x)
+        return
     out = a.out or (os.path.splitext(a.logs[0])[0] + ".png" if len(a.logs) == 1 else "logs.png")
-    plot(a.logs, out, a.x)
+    plot(a.logs, out, a.x, a.dark)
     print(out)
 
 

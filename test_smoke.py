@@ -2165,6 +2165,11 @@ def test_the_distilled_loss_equals_a_sum_over_single_positions(monkeypatch):
     assert train.distill(loss, student, teacher, targets).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_sample_cannot_move_the_cursor_or_fill_the_screen():
+    text = "a\tb\x1b[2J\rc\u202e\n\n\n\n\nd é\n"
+    assert train.printable(text) == "a\tb\\x1b[2J\\rc\\u202e\n\nd é\n"
+
+
 @pytest.mark.parametrize("padding", [384, 512])
 def test_a_teacher_of_the_same_weights_has_nothing_to_teach_whatever_its_padding(workspace, tmp_path, padding):
     ckpt = read_checkpoint(str(workspace / CKPT))
@@ -2581,6 +2586,15 @@ def test_help_lists_every_hyperparameter_with_its_comment_and_default(tmp_path):
 def test_a_dry_run_counts_parameters_and_touches_nothing(tmp_path):
     r = run_ok(here("train.py"), "--dry_run", cwd=tmp_path)
     assert "124,475,904" in r.stdout and os.listdir(tmp_path) == []
+
+
+def test_a_dry_run_is_for_the_gpus_that_are_named(tmp_path):
+    r = run_ok(here("train.py"), "--dry_run", "--gpu=L40S,T4", "--usd_per_gpu_hour=2", cwd=tmp_path)
+    flops = float(re.search(r", (\S+) FLOPs", r.stdout)[1])
+    costs = re.findall(r"cost: .* on 1 x (\w+) at 40% of its peak, \$([\d,.]+) at \$2 per GPU-hour", r.stdout)
+    for (name, cost), (expected, tflops) in zip(costs, [("L40S", 362), ("T4", 65)], strict=True):
+        hours = flops / (0.4 * tflops * 1e12) / 3600
+        assert name == expected and float(cost.replace(",", "")) == pytest.approx(2 * hours, rel=0.01)
 
 
 def test_bench_prints_one_line_of_json_and_writes_nothing(workspace):
@@ -3149,7 +3163,8 @@ def test_a_log_is_read_with_the_last_line_of_a_step_winning(tmp_path):
     streams, header = plot.read_log(str(tmp_path / "log.txt"))
     assert streams == {"train": {0: (5.0, {"lr": 1e-3}), 1: (4.5, {"lr": 3e-3})}, "val": {0: (5.5, {})},
                        "hella": {1: (0.25, {})}, "test": {}}
-    assert header == {"tokens": 8, "FLOPs": 0, "hours": 1 / 3600, "dollars": 0, "references": {}}
+    assert header == {"tokens": 8, "FLOPs": 0, "hours": 1 / 3600, "dollars": 0, "references": {},
+                      "recipe": ""}
 
 
 @pytest.mark.parametrize("kind, expected", [
@@ -3174,6 +3189,37 @@ def test_plot_draws_a_run_and_several(workspace, tmp_path):
         options = ["fp32/log.txt", "pairs/log.txt", f"--x={x}", f"--out={tmp_path}/{x}.pdf"]
         run_ok(here("plot.py"), *options, cwd=workspace / "runs")
         assert (tmp_path / f"{x}.pdf").read_bytes().startswith(b"%PDF")
+    run_ok(here("plot.py"), "log.txt", "--dark", f"--out={tmp_path}/dark.png", cwd=workspace / "runs/fp32")
+    assert is_picture(tmp_path / "dark.png")
+
+
+def write_log(path, losses, recipe="x"):
+    header = json.dumps(dict(recipe=recipe, config=dict(total_batch_size=1024)))
+    path.write_text(f"# {header}\n" + "".join(f"{step} train {loss}\n" for step, loss in enumerate(losses)))
+    return str(path)
+
+
+def test_plot_prints_a_chart_of_several_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "61")
+    a = write_log(tmp_path / "a.txt", [5.0] * 51)
+    b = write_log(tmp_path / "b.txt", [4.0] * 26)
+    plot.print_chart([a, b], "tokens")
+    *rows, axis, first, second = capsys.readouterr().out.splitlines()
+    assert rows[0] == "   5.000 " + "a" * 51 and rows[-1] == "   4.000 " + "b" * 26
+    assert all(re.fullmatch(r" +4\.\d{3} ", row) for row in rows[1:-1]) and axis.split() == ["0", "51,200", "tokens"]
+    assert first.endswith("a, 5.000 at the end") and second.endswith("b, 4.000 at the end")
+
+
+@pytest.mark.parametrize("recipes, x, last", [
+    ("tiny", "step", 1000), ("tiny", "tokens", 1_024_000), ("tiny", "hours", None), ("gpt2", "step", None),
+    (["tiny", "shakespeare"], "step", None)], ids=str)
+def test_a_typical_run_of_the_same_recipe_is_drawn_behind(tmp_path, recipes, x, last):
+    from matplotlib.figure import Figure
+    recipes = [recipes] if isinstance(recipes, str) else recipes
+    logs = [plot.read_log(write_log(tmp_path / f"{recipe}.txt", [5.0], recipe)) for recipe in recipes]
+    ax = Figure().subplots()
+    plot.draw_typical(ax, logs, x)
+    assert [line.get_xdata()[-1] for line in ax.lines] == ([last] if last else [])
 
 
 @pytest.mark.parametrize("log", [
@@ -4173,6 +4219,7 @@ MISTAKES = {
     "examples that are not HellaSwag": (
         ["hellaswag.py", "--data=t.jsonl", "--out_dir=runs/fp32"], "line 1: not an example of HellaSwag"),
     "patience without validation": ([*T, "--patience=2", "--val_interval=0"], "patience needs a val_interval above 0"),
+    "a GPU that is not known": ([*T, "--dry_run", "--gpu=L40S,H1"], "gpu=H1 is none of GB200, B200, "),
     "a share of no teacher": ([*T, "--distill_alpha=0.3"], "name one with --teacher"),
     "another seed on resume": ([*RESUMED, "--seed=5"], "has seed=1337, not 5; that cannot change"),
     "another stride on resume": ([*RESUMED, "--stride=16"], "has stride=0, not 16; that cannot change"),

@@ -104,6 +104,7 @@ log_interval = 1  # steps between lines of the training loss
 usd_per_gpu_hour = 0.0  # price of a GPU-hour, to add up the cost of the training steps
 wandb_project = ""  # log to Weights & Biases too
 dry_run = False  # print what the run would be and cost, and stop
+gpu = "RTX 4090,A100,H100"  # the GPUs for which dry_run says what the run would take
 bench = ""  # time this many steps, print one line of JSON, and stop; or ladder: measure each speed-up in turn
 profile = ""  # write a trace of the last steps to this file, for ui.perfetto.dev, and print what took their time
 
@@ -126,7 +127,7 @@ LIMITS = {
     "distill_temperature": (1e-3, 1e3), "total_batch_size": (1, 2**40), "keep": (1, 2**40), "val_tokens": (1, 2**40),
     "log_interval": (1, 2**40), **dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), (1, MAX_SIZE))}
 # Not restored from a checkpoint: options of a single launch, and paths, since the file may come from a stranger.
-NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "bench", "profile", "out_dir", "data",
+NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "gpu", "bench", "profile", "out_dir", "data",
                "teacher")
 MAY_CHANGE = ("dropout", "attention")  # the fields of GPTConfig that may differ from those of a checkpoint
 RECENT = 128  # steps that a spike is measured against
@@ -1145,10 +1146,12 @@ def print_plan(world_size, sequences, model, spec):
     n_muon = sum(p.numel() for group in muon_groups(model) for p in group["params"])
     floats = 4 * n - n_muon if parallel == "ddp" or world_size == 1 else n + 4 * n / world_size
     print(f"memory: {4 * floats / 2**30:.2f} GiB per process, plus activations")
-    for gpu in ("RTX 4090", "A100", "H100") if max_steps else ():
+    for name in gpu.split(",") if max_steps else ():
+        if name not in PEAK_TFLOPS:
+            raise UserError(f"gpu={name} is none of {', '.join(PEAK_TFLOPS)}")
         flops = model.flops_per_token() * max_steps * total_batch_size
-        seconds = flops / (0.4 * PEAK_TFLOPS[gpu] * 1e12 * world_size)
-        line = f"cost: {tqdm.format_interval(seconds)} on {world_size} x {gpu} at 40% of its peak"
+        seconds = flops / (0.4 * PEAK_TFLOPS[name] * 1e12 * world_size)
+        line = f"cost: {tqdm.format_interval(seconds)} on {world_size} x {name} at 40% of its peak"
         if usd_per_gpu_hour:
             line += f", ${dollars(seconds, world_size):,.2f} at ${usd_per_gpu_hour:g} per GPU-hour"
         print(line)
@@ -1246,7 +1249,13 @@ def print_sample(step, model, enc, template):
             break
         tokens.append(token.item())
     gap = "\n" if template else ""
-    print(f"sample at step {step}: {sample_prompt}{gap}{enc.decode(tokens[n:])}\n", flush=True)
+    print(f"sample at step {step}: {sample_prompt}{gap}{printable(enc.decode(tokens[n:]))}\n", flush=True)
+
+
+def printable(text):
+    """A sample with its control characters escaped, which could move the cursor, and without rows of empty lines"""
+    text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return re.sub("\n{3,}", "\n\n", text)
 
 
 def load_hellaswag(enc, is_local_main, device):
@@ -1270,7 +1279,8 @@ def log_step(log, run, loss, norm, lr, seconds, flops_per_token, peak, world_siz
     if usd_per_gpu_hour:
         fields["usd"] = f"{run['usd']:.4f}"
     left = tqdm.format_interval((max_steps - step) * seconds)
-    log.record(step, "train", loss, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
+    what = "loss with the teacher's" if teacher else "loss"
+    log.record(step, "train", loss, f"{what} {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
                f"{1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | {left} left", **fields)
 
 
@@ -1422,8 +1432,8 @@ if __name__ == "__main__":
     if is_main and not bench:
         log = Log(run, ckpt, dict(
             recipe=recipe, step=first_step, world_size=world_size, micro_batch=B, device=device.type, dtype=amp_name,
-            parameters=n_parameters, flops_per_token=flops_per_token, config=settings,
-            references={name: scores["hellaswag", "acc_norm by token"] for name, scores in hellaswag.PUBLISHED.items()}))
+            parameters=n_parameters, flops_per_token=flops_per_token, config=settings, references={
+                name: scores["hellaswag", "acc_norm by token"] for name, scores in hellaswag.PUBLISHED.items()}))
         print(f"micro-batch {B} x {accumulate} per step; {loader.rows.summary()}; log and checkpoints in "
               f"{os.path.abspath(out_dir)}" + (f"; from step {first_step}" if first_step else ""), flush=True)
     examples = load_hellaswag(enc, is_local_main, device) if hella_interval and enc else None
