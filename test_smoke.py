@@ -1919,58 +1919,67 @@ def test_a_run_started_on_one_process_resumes_on_two(workspace, one_process, tmp
     assert losses(tmp_path) == pytest.approx(losses(one_process)[6:], abs=1e-5)
 
 
-@pytest.fixture(scope="session")
-def zero2(workspace):
-    options = ["--parallel=zero2", "--micro_batch=2", "--ckpt_interval=6", "--sample_interval=6"]
-    torchrun(2, *NO_DROPOUT, *options, "--out_dir=runs/zero2", cwd=workspace)
-    return workspace / "runs/zero2"
+@pytest.fixture(scope="session", params=["zero2", "zero3"])
+def sharded(request, workspace):
+    """A run of two processes that share what they keep"""
+    options = [f"--parallel={request.param}", "--micro_batch=2", "--ckpt_interval=6", "--sample_interval=6"]
+    torchrun(2, *NO_DROPOUT, *options, f"--out_dir=runs/{request.param}", cwd=workspace)
+    return workspace / "runs" / request.param
 
 
-def test_zero2_gives_the_losses_of_one_process(zero2, one_process):
-    assert_same_losses(zero2, one_process)
+def test_sharding_gives_the_losses_of_one_process(sharded, one_process):
+    assert_same_losses(sharded, one_process)
 
 
-def test_a_checkpoint_of_zero2_has_the_form_of_any_other(zero2, one_process):
-    a, b = (read_checkpoint(f"{run}/checkpoints/model_000006.pt") for run in (zero2, one_process))
+def test_a_checkpoint_of_a_sharded_run_has_the_form_of_any_other(sharded, one_process):
+    a, b = (read_checkpoint(f"{run}/checkpoints/model_000006.pt") for run in (sharded, one_process))
     assert a.keys() == b.keys() and a["model"].keys() == b["model"].keys()
     for part in (lambda c: c["model"], lambda c: c["optimizers"][0]["state"][3]):
         for x, y in zip(part(a).values(), part(b).values(), strict=True):
             torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3)
 
 
-def test_one_process_and_zero2_resume_from_each_others_checkpoints(zero2, one_process, workspace, tmp_path):
-    options = [f"--resume={zero2}/checkpoints/model_000006.pt", "--data=data/t", "--parallel=ddp"]
-    run_ok(here("train.py"), *options, f"--out_dir={tmp_path}/one", cwd=workspace)
-    torchrun(2, *RESUME, "--parallel=zero2", f"--out_dir={tmp_path}/two", cwd=workspace)
-    for run in ("one", "two"):
-        assert losses(tmp_path / run) == pytest.approx(losses(one_process)[6:], abs=1e-5)
+def test_one_process_resumes_from_a_sharded_checkpoint(sharded, one_process, workspace, tmp_path):
+    options = [f"--resume={sharded}/checkpoints/model_000006.pt", "--data=data/t", "--parallel=ddp"]
+    run_ok(here("train.py"), *options, f"--out_dir={tmp_path}", cwd=workspace)
+    assert losses(tmp_path) == pytest.approx(losses(one_process)[6:], abs=1e-5)
 
 
-def test_zero2_says_what_it_cannot_be_combined_with(workspace):
-    r = script(here("train.py"), *FAST, "--parallel=zero2", "--optimizer=muon", cwd=workspace, WORLD_SIZE="2", RANK="0",
-               LOCAL_RANK="0")
-    assert r.returncode == 1 and r.stderr == "train.py: parallel=zero2 needs optimizer=adamw\n"
+@pytest.mark.parametrize("parallel", ["zero2", "zero3"])
+def test_a_run_of_one_process_resumes_sharded(workspace, one_process, tmp_path, parallel):
+    torchrun(2, *RESUME, f"--parallel={parallel}", f"--out_dir={tmp_path}", cwd=workspace)
+    assert losses(tmp_path) == pytest.approx(losses(one_process)[6:], abs=1e-5)
 
 
-def test_zero2_keeps_half_of_weights_gradients_and_moments_on_each_of_two_processes(tmp_path):
-    (tmp_path / "halves.py").write_text("""
-import torch, train
+@pytest.mark.parametrize("n, parallel", [(2, "zero2"), (3, "zero3")])
+def test_each_process_keeps_its_share_of_weights_gradients_and_moments(tmp_path, n, parallel):
+    (tmp_path / "shares.py").write_text(f"""
+import math, torch, train
 from model import GPT, GPTConfig
 torch.distributed.init_process_group("gloo")
-cpu = torch.device("cpu")
-model = train.shard_model(GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)), cpu, 2)
+cpu, train.parallel, train.optimizer = torch.device("cpu"), {parallel!r}, "muon"
+full = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32))
+def rows_kept(p):  # as torch.chunk divides them
+    rows = math.ceil(len(p) / {n})
+    return max(0, min(rows, len(p) - torch.distributed.get_rank() * rows))
+share = [rows_kept(p) * p[0].numel() for p in full.parameters()]
+model = train.shard_model(full, cpu, torch.float32, {n})
 idx = torch.zeros(1, 16, dtype=torch.long)
 model(idx, idx)[1].backward()
-optimizer, = train.make_optimizers(model, cpu)
-optimizer.step()
-n = model.param_counts()["total"]
-moments = [v for state in optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg")]
-for kept in (list(model.parameters()), [p.grad for p in model.parameters()], moments[::2], moments[1::2]):
-    assert sum(t.to_local().numel() for t in kept) == n / 2
+optimizers = train.make_optimizers(model, cpu)
+kept = {{}}
+for o in optimizers:
+    o.step()
+    for p, state in o.state.items():
+        kept[p] = [v.to_local().numel() for v in state.values() if v.dim()]
+assert [kept[p] for p in model.parameters()] == [
+    [n] * (1 if any(p is q for q in optimizers[0].state) else 2) for n, p in zip(share, model.parameters())]
+assert [p.to_local().numel() for p in model.parameters()] == share
+assert [p.grad.to_local().numel() for p in model.parameters()] == share
 torch.distributed.destroy_process_group()
 """)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    run_ok(*launch, tmp_path / "halves.py", cwd=tmp_path, PYTHONPATH=HERE)
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone"]
+    run_ok(*launch, tmp_path / "shares.py", cwd=tmp_path, PYTHONPATH=HERE)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -2378,11 +2387,13 @@ def test_orthogonalize_maps_each_singular_value_by_five_quintics(shape):
     assert 0.6 < s.min() and s.max() < 1.3
 
 
-def test_two_processes_with_muon_give_the_losses_of_one(workspace, tmp_path):
-    options = [*NO_DROPOUT, "--optimizer=muon", "--n_layer=3"]  # 9 matrices q, k, v: one process has 5, the other 4
+@pytest.mark.parametrize("n, parallel", [(2, "ddp"), (2, "zero2"), (3, "zero3")])
+def test_processes_with_muon_give_the_losses_of_one(workspace, tmp_path, n, parallel):
+    # 9 matrices q, k, v: of two processes, one has 5, the other 4. Of a step's 6 sequences each has as many.
+    options = [*NO_DROPOUT, "--optimizer=muon", "--n_layer=3", "--total_batch_size=192"]
     run_ok(here("train.py"), *options, f"--out_dir={tmp_path}/one", cwd=workspace)
-    torchrun(2, *options, f"--out_dir={tmp_path}/two", cwd=workspace)
-    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    torchrun(n, *options, f"--parallel={parallel}", f"--out_dir={tmp_path}/several", cwd=workspace)
+    assert_same_losses(tmp_path / "several", tmp_path / "one")
 
 
 def test_with_max_minutes_the_schedule_follows_the_clock(monkeypatch):
@@ -2685,7 +2696,7 @@ def test_out_of_memory_tries_smaller_micro_batches_and_then_says_what_helps(monk
     monkeypatch.setattr(train, "try_step", try_step)
     assert search()[0] == 3 and tried == [12, 6, 4, 3]
     room = 0
-    with pytest.raises(UserError, match="--grad_checkpoint, --parallel=zero2 on several GPUs, a block_size below 16"):
+    with pytest.raises(UserError, match="--grad_checkpoint, --parallel=zero3 on several GPUs, a block_size below 16"):
         search()
 
 

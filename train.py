@@ -88,7 +88,7 @@ device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16 | float16
 tf32 = True  # multiply float32 matrices in TensorFloat-32 on CUDA
 compile = "auto"  # auto (on CUDA) | true | false
-parallel = "ddp"  # ddp | zero2 (every process keeps a share of the gradients and of AdamW's moments)
+parallel = "ddp"  # ddp | zero2 (processes share gradients and moments among them) | zero3 (and weights)
 grad_checkpoint = False  # recompute activations in the backward pass: less memory, about a third more time
 deterministic = False  # bit-for-bit repeatable on CUDA too, at some cost in speed
 val_interval = 250  # steps between validations; 0: never
@@ -119,7 +119,7 @@ block_size, vocab_size, dropout, attention = (SHAPE[k] for k in ("block_size", "
 
 ALLOWED = {
     "optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2"), **CHOICES}
+    "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2", "zero3"), **CHOICES}
 BELOW_ONE = (0, 1 - 1e-9)
 # Allowed ranges, where they differ from the default: 0 to 2**63 - 1 for integers, 0 to infinity for floats
 LIMITS = {
@@ -748,12 +748,14 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            updates = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's.  (n, rows, columns)
+            updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov's
+            updates = torch.stack([gathered(u) for u in updates])  # (n, rows, columns)
             matrices = updates.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (n * parts, rows / parts, columns)
             scale = 0.2 * math.sqrt(max(matrices.shape[1:]))  # AdamW's steps have a root mean square of about 0.2
             steps = orthogonalize_together(matrices.to(self.dtype)).reshape(updates.shape).to(updates.dtype)
+            steps = [shard_like(p, step) for p, step in zip(params, steps)]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, steps.unbind(), alpha=-group["lr"] * scale)
+            torch._foreach_add_(params, steps, alpha=-group["lr"] * scale)
 
 
 def orthogonalize(x):
@@ -781,18 +783,27 @@ def orthogonalize_together(x):
     return whole[:len(x)]
 
 
-# -- sharding: ZeRO-2 (Rajbhandari et al., 2019) by torch's fully_shard
+# -- sharding: ZeRO-2 and ZeRO-3 (Rajbhandari et al., 2019) by torch's fully_shard
 
-def shard_model(model, device, world_size):
+def shard_model(model, device, amp_dtype, world_size):
     """
-    Shards every parameter in place: a process keeps one part of it, of its gradient and of its moments. Full weights
-    stay gathered during a step; a block's gradients are averaged into the parts after each micro-batch.
+    Shards every parameter in place: a process keeps one part of it, of its gradient and of its moments. A block's
+    gradients are averaged into the parts after each micro-batch. With ZeRO-2 full weights stay gathered during a step;
+    with ZeRO-3 a block's are gathered when it is computed, forward and backward. They are gathered in the dtype that
+    computes, and gradients are averaged in float32.
     """
-    from torch.distributed.fsdp import fully_shard  # takes a second to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second to import
     mesh = dist.device_mesh.init_device_mesh(device.type, (world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=amp_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=False)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the rest; a tied embedding and head as one
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel == "zero3")
+    # The rest: a tied embedding and head as one. It is used last and first, so it stays until the backward pass.
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def gathered(tensor):
+    """A tensor put together from all processes, which must all call this, if it is sharded"""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_model(model):
@@ -802,7 +813,7 @@ def full_model(model):
     """
     if not hasattr(model, "unshard"):
         return model
-    weights = {name: p.full_tensor() for name, p in model.state_dict().items()}
+    weights = {name: gathered(p) for name, p in model.state_dict().items()}
     return build_model(model.cfg, weights, "the model in training").to(model.lm_head.weight.device)
 
 
@@ -811,7 +822,7 @@ def shard_like(p, tensor):
     if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
+    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # all have it
 
 
 # -- the micro-batch
@@ -883,7 +894,7 @@ def try_step(model, teacher_model, device, amp_dtype, B, shares):
 def out_of_memory_advice(B, shares):
     advice = {
         f"a micro_batch below {B}": B > 1, "--grad_checkpoint": not grad_checkpoint,
-        "--parallel=zero2 on several GPUs": shares == 1, f"a block_size below {block_size}": True,
+        "--parallel=zero3 on several GPUs": parallel != "zero3", f"a block_size below {block_size}": True,
         "a smaller model": True}
     return "out of memory; what helps, cheapest first: " + ", ".join(k for k, helps in advice.items() if helps)
 
@@ -983,7 +994,7 @@ def copy_to_host(tree, keep_result=True):
         return {k: copy_to_host(v, keep_result) for k, v in tree.items()}
     if not torch.is_tensor(tree):
         return tree
-    tree = tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+    tree = gathered(tree)
     return tree.to("cpu", copy=True) if keep_result else None
 
 
@@ -1141,10 +1152,12 @@ def print_plan(world_size, sequences, model, spec):
     with torch.device("meta"):
         model = model or new_model(manifest["vocab_size"] if manifest else vocabulary_of(spec))
     describe(model, world_size, sequences, n_rows, "none (dry run)")
-    # All in float32. AdamW has two moments, Muon one; zero2 shards all but the weights of the step.
-    n = model.param_counts()["total"]
-    n_muon = sum(p.numel() for group in muon_groups(model) for p in group["params"])
-    floats = 4 * n - n_muon if parallel == "ddp" or world_size == 1 else n + 4 * n / world_size
+    # All in float32: weights, gradients, AdamW's two moments or Muon's one. What is sharded is also gathered: all weights
+    # with ZeRO-2; two blocks, one computed and one on its way, and what is outside the blocks with ZeRO-3.
+    n, n_blocks = model.param_counts()["total"], sum(p.numel() for p in model.transformer.h.parameters())
+    floats = 4 * n - sum(p.numel() for group in muon_groups(model) for p in group["params"])
+    if parallel != "ddp" and world_size > 1:
+        floats = floats / world_size + (n if parallel == "zero2" else n - n_blocks + 2 * n_blocks / model.cfg.n_layer)
     print(f"memory: {4 * floats / 2**30:.2f} GiB per process, plus activations")
     for name in gpu.split(",") if max_steps else ():
         if name not in PEAK_TFLOPS:
@@ -1349,9 +1362,7 @@ if __name__ == "__main__":
     launch = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1") if dry_run else {}  # a plan may be for many processes
     rank, local_rank, world_size = read_launch({**launch, **os.environ})
     is_main, is_local_main = rank == 0, local_rank == 0
-    sharded = parallel == "zero2" and world_size > 1
-    if sharded and optimizer != "adamw":
-        raise UserError("parallel=zero2 needs optimizer=adamw")
+    sharded = parallel != "ddp" and world_size > 1
     if bench == "ladder":
         run_ladder(asked)
         sys.exit()
@@ -1412,7 +1423,7 @@ if __name__ == "__main__":
     if world_size > 1:
         dist.all_reduce(smallest := torch.tensor(B, device=device), dist.ReduceOp.MIN)
         B = int(smallest)
-        model = shard_model(raw_model, device, world_size) if sharded else \
+        model = shard_model(raw_model, device, amp_dtype, world_size) if sharded else \
             DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
     accumulate = sequences // B
     loader.B = B
@@ -1480,7 +1491,7 @@ if __name__ == "__main__":
         for micro_step in range(accumulate):
             x, y, *document = loader.next_batch()
             # DDP exchanges gradients, and ZeRO-2 frees full weights, only after the last micro-batch.
-            if sharded:
+            if sharded and parallel == "zero2":
                 model.set_reshard_after_backward(micro_step == accumulate - 1)
             elif world_size > 1:
                 model.require_backward_grad_sync = micro_step == accumulate - 1
@@ -1497,7 +1508,7 @@ if __name__ == "__main__":
         for o in optimizers:
             scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        norm = (norm.full_tensor() if sharded else norm).item()  # the same on all processes
+        norm = gathered(norm).item()  # the same on all processes
         own_loss = loss.item() / world_size
         loss, stop = all_sum(device, own_loss, should_stop())
         reason = skip_reason(loss, norm, run["recent"])
