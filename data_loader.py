@@ -9,7 +9,6 @@ import array
 import bisect
 import hashlib
 import json
-import mmap
 import os
 import zlib
 from collections import defaultdict
@@ -107,12 +106,15 @@ class Windows:
         self.paths, counts, self.manifest = find_shards(folder, split)
         self.vocab_size = vocab_size or (self.manifest or {}).get("vocab_size")
         self.eot = self.manifest["eot"] if self.manifest else 50256  # other people's shards are in GPT-2's tokens
-        self.shards = [read_shard(path) for path in self.paths]
         self.states = [file_state(path) for path in self.paths]
-        for path, tokens, n in zip(self.paths, self.shards, counts):
+        self.lengths, self.offsets = [], []  # how many tokens each has, and at which byte they begin
+        for path, n in zip(self.paths, counts):
+            tokens = read_shard(path)
             if n is not None and len(tokens) != n:
                 raise UserError(f"{path} has {len(tokens):,} tokens, {MANIFEST} says {n:,}; prepare the data again")
-        self.ends = np.cumsum([len(tokens) for tokens in self.shards]).tolist()  # where each shard ends in the stream
+            self.lengths.append(len(tokens))
+            self.offsets.append(getattr(tokens, "offset", 0))
+        self.ends = np.cumsum(self.lengths).tolist()  # where each shard ends in the stream
         if self.ends[-1] < T + 1:
             raise UserError(f"the {split} split of {folder} has {self.ends[-1]:,} tokens; a window takes "
                             f"block_size + 1 = {T + 1}")
@@ -124,7 +126,7 @@ class Windows:
         if self.manifest:
             content = [self.manifest["shards"], self.manifest["tokenizer_fingerprint"]]
         else:
-            content = [(os.path.basename(path), len(tokens)) for path, tokens in zip(self.paths, self.shards)]
+            content = [(os.path.basename(path), n) for path, n in zip(self.paths, self.lengths)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def summary(self):
@@ -136,7 +138,7 @@ class Windows:
     def place(self, i):
         start = i * self.stride
         shard = bisect.bisect_right(self.ends, start)
-        return f"{self.paths[shard]} at token {start - self.ends[shard] + len(self.shards[shard]):,}"
+        return f"{self.paths[shard]} at token {start - self.ends[shard] + self.lengths[shard]:,}"
 
     def read(self, i):
         """-> inputs, targets and documents, (T,) each"""
@@ -145,24 +147,28 @@ class Windows:
 
     def slice(self, start, n):
         """n tokens of the stream from `start` on.  -> (n,) int64"""
-        out = np.empty(n, dtype=np.int64)
-        shard, filled = bisect.bisect_right(self.ends, start), 0
-        while filled < n:
-            tokens = self.shards[shard]
-            if file_state(self.paths[shard]) != self.states[shard]:  # reading beyond a file's new end is a bus error
-                raise UserError(f"{self.paths[shard]} has changed, or is gone, since this run began")
-            begin = start + filled - (self.ends[shard] - len(tokens))
-            part = tokens[begin:begin + n - filled]
-            if self.vocab_size and len(part) and part.max() >= self.vocab_size:
-                at = begin + int(np.argmax(part >= self.vocab_size))
-                raise UserError(f"{self.paths[shard]}: token {tokens[at]} at {at:,} is outside the vocabulary of "
-                                f"{self.vocab_size:,}")
-            out[filled:filled + len(part)] = part
-            filled, shard = filled + len(part), shard + 1
-            # Give back the pages, or resident memory would grow to the size of the data (nanoGPT issue 287).
-            if hasattr(mmap, "MADV_DONTNEED") and isinstance(tokens.base, mmap.mmap):
-                tokens.base.madvise(mmap.MADV_DONTNEED)
-        return out
+        parts, shard = [], bisect.bisect_right(self.ends, start)
+        while n:
+            begin = start - (self.ends[shard] - self.lengths[shard])
+            parts.append(self.read_part(shard, begin, min(n, self.lengths[shard] - begin)))
+            start, n, shard = start + len(parts[-1]), n - len(parts[-1]), shard + 1
+        return np.concatenate(parts, dtype=np.int64)
+
+    def read_part(self, shard, begin, n):
+        """
+        n tokens of a shard. The file is opened for this: kept open and mapped, a thousand files would take as many
+        handles, and memory that grows to the size of the data (nanoGPT issue 287).
+        """
+        path = self.paths[shard]
+        is_same = file_state(path) == self.states[shard]
+        tokens = np.fromfile(path, np.uint16, n, offset=self.offsets[shard] + 2 * begin) if is_same else ()
+        if len(tokens) < n:
+            raise UserError(f"{path} has changed, or is gone, since this run began")
+        if self.vocab_size and n and tokens.max() >= self.vocab_size:
+            at = int(np.argmax(tokens >= self.vocab_size))
+            raise UserError(f"{path}: token {tokens[at]} at {begin + at:,} is outside the vocabulary of "
+                            f"{self.vocab_size:,}")
+        return tokens
 
 
 def file_state(path):

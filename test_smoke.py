@@ -1773,6 +1773,19 @@ def test_resident_memory_stays_flat_while_shards_are_read(tmp_path):
     assert resident() - before < 20e6, "of 100 MB read"
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="reads /proc")
+def test_many_shards_take_few_file_handles_and_an_empty_one_is_passed_over(tmp_path):
+    for i in range(200):
+        part = np.arange(10 * i, 10 * i + 10, dtype=np.uint16) if i != 100 else np.empty(0, dtype=np.uint16)
+        dataset.write_shard(str(tmp_path / f"train_{i:06d}.bin"), part)
+    before = len(os.listdir("/proc/self/fd"))
+    windows = data_loader.Windows(str(tmp_path), "train", 25, 1)
+    read = [windows.read(i)[0].tolist() for i in range(len(windows))]
+    assert len(os.listdir("/proc/self/fd")) - before < 5
+    stream = [t for t in range(2000) if t // 10 != 100]
+    assert read == [stream[i:i + 25] for i in range(len(stream) - 25)]
+
+
 def test_a_token_outside_the_vocabulary_is_named(tmp_path):
     dataset.write_shard(str(tmp_path / "train_000000.bin"), [1] * 50 + [999] + [1] * 50)
     with pytest.raises(UserError, match="train_000000.bin: token 999 at 50 is outside the vocabulary of 500"):
@@ -3405,9 +3418,7 @@ def test_cudnns_attention_is_kept_to_training_without_masks(workspace, observer,
 
 
 def test_nodes_without_a_common_folder_each_prepare_their_data(workspace, tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = some_port()
     options = [*FAST, f"--data={workspace}/t.txt", "--tokenizer=byte", "--max_steps=2", f"--out_dir={tmp_path}/run"]
     processes = []
     for node in range(2):
@@ -4366,6 +4377,65 @@ def test_kills_at_random_instants_change_no_loss(workspace, tmp_path, name):
     p = start(*command, f"--out_dir={out}", cwd=workspace)
     assert p.wait() == 0 and records(out) == records(tmp_path / "whole")
     print(f"{name}: {kills} kills, {saving} of them in a save; {finished + 1} runs, all with equal losses")
+
+
+def some_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start_node(folder, port, *options, **popen):
+    """One of two machines, each with its own folder and one process"""
+    folder.mkdir(exist_ok=True)
+    launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+              f"--rdzv_endpoint=localhost:{port}"]
+    return start(*launch, here("train.py"), *options, cwd=folder, **popen)
+
+
+def find_workers(agent):
+    r = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in r.stdout.split()]
+
+
+@torture
+@pytest.mark.parametrize("parallel", ["ddp", "zero3"])
+def test_torchrun_restarts_a_run_whose_workers_die_and_no_loss_changes(workspace, tmp_path, monkeypatch,
+                                                                               parallel):
+    options = [*NO_DROPOUT, "--max_steps=100", "--ckpt_interval=10", "--resume=auto", f"--parallel={parallel}"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max-restarts=3"]
+    run_ok(here("train.py"), *options, f"--out_dir={tmp_path}/one", cwd=workspace)
+    # else new workers may find the addresses of old ones, and wait for them (pytorch issue 135712)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    p = start(*launch, here("train.py"), *options, f"--out_dir={tmp_path}/cut", cwd=workspace)
+    for step, rank in ((25, 1), (60, 0)):
+        wait_for_step(tmp_path / "cut", step, p)
+        os.kill(find_workers(p)[rank], signal.SIGKILL)
+    assert p.wait() == 0
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@torture
+def test_two_machines_without_a_common_folder_train_and_one_ends_when_the_other_is_gone(workspace, tmp_path):
+    options = [*NO_DROPOUT, f"--data={workspace}/t.txt", "--tokenizer=byte", "--out_dir=run"]
+    torchrun(2, *options, "--max_steps=60", cwd=tmp_path)
+    port = some_port()
+    nodes = [start_node(tmp_path / f"whole{i}", port, *options, "--max_steps=60") for i in range(2)]
+    assert [p.wait() for p in nodes] == [0, 0]
+    [log] = tmp_path.glob("whole*/run/log.txt")
+    assert losses(log.parent) == pytest.approx(losses(tmp_path / "run"), abs=1e-3)  # of other numbers of threads
+
+    port = some_port()
+    nodes = [start_node(tmp_path / f"cut{i}", port, *options, "--max_steps=100000", stderr=subprocess.PIPE)
+             for i in range(2)]
+    while not (logs := list(tmp_path.glob("cut*/run/log.txt"))) or b"\n30 train" not in logs[0].read_bytes():
+        assert nodes[0].poll() is None is nodes[1].poll()
+        time.sleep(0.02)
+    main = int(logs[0].parent.parent.name.removeprefix("cut"))
+    for pid in (*find_workers(nodes[1 - main]), nodes[1 - main].pid):
+        os.kill(pid, signal.SIGKILL)
+    _, printed = nodes[main].communicate(timeout=60)
+    assert nodes[main].returncode == 1 and "train.py: rank 0 lost the others" in printed
 
 
 def find_headers(log):

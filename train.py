@@ -1152,8 +1152,8 @@ def print_plan(world_size, sequences, model, spec):
     with torch.device("meta"):
         model = model or new_model(manifest["vocab_size"] if manifest else vocabulary_of(spec))
     describe(model, world_size, sequences, n_rows, "none (dry run)")
-    # All in float32: weights, gradients, AdamW's two moments or Muon's one. What is sharded is also gathered: all weights
-    # with ZeRO-2; two blocks, one computed and one on its way, and what is outside the blocks with ZeRO-3.
+    # All in float32: weights, gradients, AdamW's two moments or Muon's one. If these are sharded, weights are gathered
+    # too: all with ZeRO-2; with ZeRO-3 two blocks, one computed and one on its way, and what is outside the blocks.
     n, n_blocks = model.param_counts()["total"], sum(p.numel() for p in model.transformer.h.parameters())
     floats = 4 * n - sum(p.numel() for group in muon_groups(model) for p in group["params"])
     if parallel != "ddp" and world_size > 1:
@@ -1435,7 +1435,8 @@ if __name__ == "__main__":
     run = restore(ckpt, optimizers, scaler, loader, device, rank) if ckpt else new_run()
     first_step = run["step"]
     if all_sum(device, first_step)[0] != first_step * world_size:
-        raise UserError("the processes found different checkpoints; out_dir must be the same folder for all of them")
+        raise UserError(f"the processes found different checkpoints; out_dir={out_dir} must be one folder for all of "
+                        "them, or have the same checkpoints on every machine")
     constants = dict(
         version=CHECKPOINT_VERSION, model_config=dataclasses.asdict(raw_model.cfg), tokenizer=spec, template=template,
         train_config=settings, data_fingerprint=fingerprint, micro_batch=B)
