@@ -2610,6 +2610,37 @@ def test_help_lists_every_hyperparameter_with_its_comment_and_default(tmp_path):
 def test_a_dry_run_counts_parameters_and_touches_nothing(tmp_path):
     r = run_ok(here("train.py"), "--dry_run", cwd=tmp_path)
     assert "124,475,904" in r.stdout and os.listdir(tmp_path) == []
+    assert "checkpoints of 1.39 GiB" in r.stdout  # 12 bytes per parameter
+    r = run_ok(here("train.py"), "--dry_run", "--parallel=zero3", cwd=tmp_path, WORLD_SIZE="8")
+    n, block = 124_475_904, 7_087_872
+    outside = n - 12 * block  # in float32, and a copy in bfloat16; two blocks are gathered in bfloat16
+    expected = (16 * n / 8 + 2 * 2 * block + (4 + 2) * outside) / 2**30
+    assert f"memory: {expected:.2f} GiB per process" in r.stdout
+
+
+GPT2_MEMORY = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, vocab_size=8192)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape, grad_checkpoint", [
+    (GPT2_MEMORY, False), (GPT2_MEMORY, True), ({**GPT2_MEMORY, "n_layer": 8, "vocab_size": 1024}, False),
+    ({**GPT2_MEMORY, **model_file.MODERN, "softcap": 15.0}, False)], ids=["gpt2", "checkpointed", "deep", "modern"])
+def test_the_memory_that_a_dry_run_predicts_is_what_a_step_takes_within_15_percent(
+        monkeypatch, dtype, shape, grad_checkpoint):
+    set_globals(monkeypatch, block_size=256, grad_checkpoint=grad_checkpoint)
+    model, x = GPT(GPTConfig(**shape)), torch.zeros(8, 256, dtype=torch.long)
+    model.grad_checkpoint = grad_checkpoint
+
+    def step():
+        with train.autocast(x.device, dtype):
+            loss = train.loss_fn(model, None, x, x)
+        loss.backward()
+
+    step()  # gradients stay; what a second step takes is freed after it
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        step()
+    sizes = [e.nbytes() for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert train.activation_bytes(model, 8, dtype) == pytest.approx(np.cumsum(sizes).max(), rel=0.15)
 
 
 def test_a_dry_run_is_for_the_gpus_that_are_named(tmp_path):

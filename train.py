@@ -27,6 +27,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -837,7 +838,7 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
     sizes = [micro_batch] if micro_batch else [d for d in reversed(divisors(sequences)) if d <= largest]
     if device.type == "cuda":  # no time is spent on compiling for sizes that cannot fit
         free = torch.cuda.mem_get_info(device)[0]
-        sizes = [B for B in sizes if activation_bytes(model, B, amp_dtype) < free] or sizes[-1:]
+        sizes = [B for B in sizes if 0.7 * activation_bytes(model, B, amp_dtype) < free] or sizes[-1:]
     wants_compile = compile == "true" or compile == "auto" and device.type == "cuda"
     model.set_compiled(wants_compile)
     problem = ""
@@ -866,13 +867,16 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
 
 
 def activation_bytes(model, B, amp_dtype):
-    """Roughly what a forward pass keeps for the backward pass"""
+    """About what a forward pass that is not compiled keeps for the backward pass, besides the weights in float32"""
     cfg, size = model.cfg, torch.finfo(amp_dtype).bits // 8
     # Per token, in units of n_embd: two inputs and outputs of norms, q, k, v, what attention returns, the MLP's 4 + 4,
-    # and one for small things. Checkpointed, a block keeps its input.
-    block = cfg.n_embd * size * (1 if grad_checkpoint else 17)
-    logits = cfg.vocab_size * (size + 8)  # and two copies in float32
-    return B * block_size * (cfg.n_layer * block + logits)
+    # and one for small things; q and k once more for their norms, and for rotations. Checkpointed, a block keeps its
+    # input.
+    block = 1 if grad_checkpoint else 17 + 2 * cfg.qk_norm + 2 * (cfg.pos == "rotary")
+    logits = cfg.vocab_size * (20 if cfg.softcap else 12)  # and two copies in float32; more for a soft-cap
+    # The autocast copies of the matrices stay for the step.
+    copies = 0 if amp_dtype == torch.float32 else size * sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    return B * block_size * (cfg.n_layer * block * cfg.n_embd * size + logits) + copies
 
 
 def try_step(model, teacher_model, device, amp_dtype, B, shares):
@@ -1152,13 +1156,7 @@ def print_plan(world_size, sequences, model, spec):
     with torch.device("meta"):
         model = model or new_model(manifest["vocab_size"] if manifest else vocabulary_of(spec))
     describe(model, world_size, sequences, n_rows, "none (dry run)")
-    # All in float32: weights, gradients, AdamW's two moments or Muon's one. If these are sharded, weights are gathered
-    # too: all with ZeRO-2; with ZeRO-3 two blocks, one computed and one on its way, and what is outside the blocks.
-    n, n_blocks = model.param_counts()["total"], sum(p.numel() for p in model.transformer.h.parameters())
-    floats = 4 * n - sum(p.numel() for group in muon_groups(model) for p in group["params"])
-    if parallel != "ddp" and world_size > 1:
-        floats = floats / world_size + (n if parallel == "zero2" else n - n_blocks + 2 * n_blocks / model.cfg.n_layer)
-    print(f"memory: {4 * floats / 2**30:.2f} GiB per process, plus activations")
+    print_sizes(model, world_size, 2 * n_rows * (stride or block_size))
     for name in gpu.split(",") if max_steps else ():
         if name not in PEAK_TFLOPS:
             raise UserError(f"gpu={name} is none of {', '.join(PEAK_TFLOPS)}")
@@ -1168,6 +1166,32 @@ def print_plan(world_size, sequences, model, spec):
         if usd_per_gpu_hour:
             line += f", ${dollars(seconds, world_size):,.2f} at ${usd_per_gpu_hour:g} per GPU-hour"
         print(line)
+
+
+def print_sizes(model, world_size, data_bytes):
+    """What the run takes of memory, and of the disk"""
+    # In float32: weights, gradients, AdamW's two moments or Muon's one.
+    n, n_blocks = model.param_counts()["total"], sum(p.numel() for p in model.transformer.h.parameters())
+    kept = 4 * (4 * n - sum(p.numel() for group in muon_groups(model) for p in group["params"]))
+    checkpoint = kept - 4 * n  # all but the gradients
+    amp_name = "bfloat16" if dtype == "auto" else dtype
+    amp_dtype = getattr(torch, amp_name)
+    copies, one = (activation_bytes(model, B, amp_dtype) for B in (0, 1))
+    sequence = one - copies
+    if parallel != "ddp" and world_size > 1:
+        # Each process gathers the blocks in this dtype: all with ZeRO-2; with ZeRO-3 two, one that is computed and one
+        # on its way. What is outside the blocks is gathered in float32, and copied as if nothing were sharded.
+        blocks = n_blocks if parallel == "zero2" else 2 * n_blocks / model.cfg.n_layer
+        kept = kept / world_size + amp_dtype.itemsize * blocks + 4 * (n - n_blocks)
+        copies *= (n - n_blocks) / n
+    print(f"memory: {(kept + copies) / 2**30:.2f} GiB per process, and {sequence / 2**30:.2f} GiB for each sequence of a "
+          f"micro-batch, in {amp_name} and not compiled")
+    existing = os.path.abspath(out_dir)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    text = f"; the data, {data_bytes / 2**30:.2f} GiB" if data_bytes else ""
+    print(f"disk: up to {keep + 2} checkpoints of {checkpoint / 2**30:.2f} GiB, one of them being written{text}; "
+          f"{shutil.disk_usage(existing).free / 2**30:,.0f} GiB are free")
 
 
 def vocabulary_of(spec):
