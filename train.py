@@ -850,7 +850,7 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
             reason = " ".join(str(e).split())[:150]
             if isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e):
                 if len(sizes) == 1:
-                    raise UserError(out_of_memory_advice(sizes[0], shares)) from None
+                    raise UserError(out_of_memory_advice(sizes[0])) from None
                 sizes.pop(0)
                 continue
             if not wants_compile:
@@ -895,12 +895,52 @@ def try_step(model, teacher_model, device, amp_dtype, B, shares):
     del room
 
 
-def out_of_memory_advice(B, shares):
+def out_of_memory_advice(B):
     advice = {
         f"a micro_batch below {B}": B > 1, "--grad_checkpoint": not grad_checkpoint,
         "--parallel=zero3 on several GPUs": parallel != "zero3", f"a block_size below {block_size}": True,
         "a smaller model": True}
     return "out of memory; what helps, cheapest first: " + ", ".join(k for k, helps in advice.items() if helps)
+
+
+def add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size):
+    """
+    Forward and backward for every micro-batch of this process's share of a step.  -> its part of the step's loss, times
+    world_size, or None if the memory of a process that is alone ran out, and nothing has happened
+    """
+    before, accumulate = loader.state_dict(), sequences // loader.B
+    target_count, loss = loader.next_target_count(sequences * world_size), 0.0
+    try:
+        for micro_step in range(accumulate):
+            x, y, *document = loader.next_batch()
+            # DDP exchanges gradients, and ZeRO-2 frees full weights, only after the last micro-batch.
+            if world_size > 1 and parallel == "ddp":
+                model.require_backward_grad_sync = micro_step == accumulate - 1
+            elif world_size > 1 and parallel == "zero2":
+                model.set_reshard_after_backward(micro_step == accumulate - 1)
+            # The step's loss is the mean over all its targets, however they are divided: a micro-batch counts by its
+            # share of them. Times world_size, since DDP and fully_shard average the gradients of the processes.
+            weight = (y >= 0).sum() * (world_size / target_count)
+            with autocast(x.device, amp_dtype):
+                part = loss_fn(model, teacher_model, x, y, *document) * weight
+            loss += part.detach()
+            scaler.scale(part).backward()
+        return loss
+    except torch.OutOfMemoryError:
+        if world_size > 1:  # the others are waiting for this process
+            raise UserError(out_of_memory_advice(loader.B) + "; then --resume") from None
+    loader.load_state_dict(before)
+
+
+def smaller_micro_batch(B, sequences, model, step):
+    """For a run whose memory has run out, as when other programs take more"""
+    if B == 1:
+        raise UserError(out_of_memory_advice(B))
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    smaller = max(d for d in divisors(sequences) if d < B)
+    print(f"step {step}: out of memory with a micro-batch of {B}; again with {smaller}", flush=True)
+    return smaller
 
 
 # -- checkpoints and the log
@@ -1449,7 +1489,6 @@ if __name__ == "__main__":
         B = int(smallest)
         model = shard_model(raw_model, device, amp_dtype, world_size) if sharded else \
             DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
-    accumulate = sequences // B
     loader.B = B
     optimizers = make_optimizers(raw_model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -1470,7 +1509,7 @@ if __name__ == "__main__":
             recipe=recipe, step=first_step, world_size=world_size, micro_batch=B, device=device.type, dtype=amp_name,
             parameters=n_parameters, flops_per_token=flops_per_token, config=settings, references={
                 name: scores["hellaswag", "acc_norm by token"] for name, scores in hellaswag.PUBLISHED.items()}))
-        print(f"micro-batch {B} x {accumulate} per step; {loader.rows.summary()}; log and checkpoints in "
+        print(f"micro-batch {B} x {sequences // B} per step; {loader.rows.summary()}; log and checkpoints in "
               f"{os.path.abspath(out_dir)}" + (f"; from step {first_step}" if first_step else ""), flush=True)
     examples = load_hellaswag(enc, is_local_main, device) if hella_interval and enc else None
     byte_lengths = torch.tensor(dataset.token_lengths(enc), device=device) if enc else None
@@ -1511,22 +1550,12 @@ if __name__ == "__main__":
         if profiler and step == max(first_step, max_steps - PROFILED_STEPS):
             profiler.start()
         began = time.perf_counter()
-        loss = torch.zeros((), device=device)
-        target_count = loader.next_target_count(sequences * world_size)
-        for micro_step in range(accumulate):
-            x, y, *document = loader.next_batch()
-            # DDP exchanges gradients, and ZeRO-2 frees full weights, only after the last micro-batch.
-            if sharded and parallel == "zero2":
-                model.set_reshard_after_backward(micro_step == accumulate - 1)
-            elif world_size > 1:
-                model.require_backward_grad_sync = micro_step == accumulate - 1
-            # The step's loss is the mean over all its targets, however they are divided: a micro-batch counts by its
-            # share of them. Times world_size, since DDP and ZeRO-2 average the gradients of the processes.
-            weight = (y >= 0).sum() * (world_size / target_count)
-            with autocast(device, amp_dtype):
-                part = loss_fn(model, teacher_model, x, y, *document) * weight
-            loss += part.detach()
-            scaler.scale(part).backward()
+        loss = None
+        while loss is None:
+            loss = add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size)
+            if loss is None:
+                B = smaller_micro_batch(B, sequences, model, step)
+                loader.B = evaluation["B"] = constants["micro_batch"] = B
 
         # one update, unless the step is to be skipped
         lr = set_rates(optimizers, step)
@@ -1546,7 +1575,7 @@ if __name__ == "__main__":
         # With a scaler an overflow is routine: it tries a smaller scale.
         if reason and not bench and (math.isfinite(norm) or not scaler.is_enabled()):
             if is_main or not math.isfinite(own_loss):
-                places = loader.last_places(accumulate)
+                places = loader.last_places(sequences // B)
                 print(f"step {step} is skipped: {reason}; the data of rank {rank}: {places}", flush=True)
         if run["skipped"] >= MAX_SKIPPED:
             raise UserError(f"{run['skipped']} steps in a row were skipped, up to {step}; {advise(run)}")
