@@ -588,12 +588,14 @@ class ForeignConfig:
     """Stands in for the class GPTConfig in build-nanogpt's checkpoints: its fields, without its code"""
 
 
-def load_file(path):
+def load_file(path, mapped=False):
     """
-    What torch.save wrote, on the CPU. With weights_only a hostile file cannot run code; torch itself neither compares
-    the checksums in the file nor limits what compressed parts of it expand to.
+    What torch.save wrote, on the CPU; mapped, several processes share its memory. With weights_only a hostile file
+    cannot run code; torch itself neither compares the checksums in the file nor limits what compressed parts of it
+    expand to.
     """
-    if zipfile.is_zipfile(path):
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
                 raise ValueError("compressed")
@@ -602,15 +604,15 @@ def load_file(path):
     classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     configs = [(ForeignConfig, name) for name in classes if name.endswith(".GPTConfig")]
     with torch.serialization.safe_globals(configs):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, mapped=False):
     """-> a checkpoint as a dict, its parts checked as far as a model and its tokenizer need them"""
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}")
     with reading(path, "a checkpoint"):
-        ckpt = load_file(path)
+        ckpt = load_file(path, mapped)
         check_types(ckpt, {})
         if "version" not in ckpt:
             return ckpt

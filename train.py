@@ -958,7 +958,7 @@ def new_run():
 
 def read_run(path):
     """-> a checkpoint to resume from, with its path. A stranger may have made it: its run must be like new_run's."""
-    ckpt = {**read_checkpoint(path), "path": path}
+    ckpt = {**read_checkpoint(path, mapped=True), "path": path}
     hint = f"; if it was not written by train.py, start from its weights with --init_from={path}"
     with dataset.reading(path, "a checkpoint of train.py", hint):
         run = ckpt["run"] = {**new_run(), **ckpt["run"]}
@@ -1075,7 +1075,7 @@ def restore(ckpt, optimizers, scaler, loader, device, rank):
                 for name, value in moments.items():
                     if value.shape not in (params[i].shape, ()) or not value.isfinite().all():
                         raise ValueError(f"{name} of parameter {i}")
-                    moments[name] = shard_like(params[i], value)
+                    moments[name] = shard_like(params[i], value.clone())  # not the mapped file
             # The moments are the checkpoint's; weight decay, betas and so on are those of the present settings.
             o.load_state_dict({**state, "param_groups": o.state_dict()["param_groups"]})
         if ckpt["scaler"] and scaler.is_enabled():
@@ -1465,6 +1465,8 @@ if __name__ == "__main__":
     if ckpt:
         shape = {**ckpt["model_config"], "dropout": dropout, "attention": attention}
         raw_model = build_model(make_config(shape, ckpt["path"]), ckpt.pop("model"), ckpt["path"])
+        if device.type == "cpu":  # elsewhere the weights are copied below; the file is mapped
+            raw_model = copy.deepcopy(raw_model)
     raw_model = (raw_model or new_model(n_tokens)).to(device).train()
     if n_tokens > raw_model.cfg.vocab_size:
         raise UserError(f"vocab_size={raw_model.cfg.vocab_size:,} is too small for {n_tokens:,} tokens")
