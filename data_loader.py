@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dataset import (MANIFEST, PROGRESS, SPLITS, UserError, chat_template, encode_chat, pair_split, read_manifest,
-                     read_pairs, read_shard)
+                     read_pairs, read_shard, reading)
 
 
 class DataLoader:
@@ -161,8 +161,9 @@ class Windows:
         """
         path = self.paths[shard]
         is_same = file_state(path) == self.states[shard]
-        tokens = np.fromfile(path, np.uint16, n, offset=self.offsets[shard] + 2 * begin) if is_same else ()
-        if len(tokens) < n:
+        with reading(path, "a token shard"):
+            tokens = np.fromfile(path, np.uint16, n, offset=self.offsets[shard] + 2 * begin) if is_same else ()
+        if not is_same or len(tokens) < n:
             raise UserError(f"{path} has changed, or is gone, since this run began")
         if self.vocab_size and n and tokens.max() >= self.vocab_size:
             at = int(np.argmax(tokens >= self.vocab_size))

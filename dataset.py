@@ -108,10 +108,11 @@ class Descriptor(io.FileIO):
 
 
 class Terminal(io.TextIOWrapper):
-    """Removes control characters and colours, since a stranger's file could use them to take over the terminal."""
+    """Removes control characters, colours and changes of direction: a stranger's file could take over the terminal."""
 
     def write(self, text):
-        super().write(re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "", text))
+        controls = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+        super().write(re.sub(rf"\x1b\[[0-?]*[ -/]*[@-~]|{controls}", "", text))
         return len(text)
 
 

@@ -254,8 +254,11 @@ def tokens_per_second(model, n=64):
 
 
 def cell(value, spec):
-    """A number as text; a dash if there is none"""
-    return "-" if value is None or not math.isfinite(value) else format(value, spec)
+    """A number as text; a dash if there is none, as in a checkpoint that a stranger wrote"""
+    with contextlib.suppress(TypeError, OverflowError):
+        if math.isfinite(value):
+            return format(value, spec)
+    return "-"
 
 
 def read_tasks_if_there(tasks, data, limit):
@@ -284,20 +287,27 @@ def compare(names, text, split, stride, tasks, data, limit, device, dtype):
             result = run.get("last_val", {})
             if text:
                 result = measure(model, enc, text, split, stride, doc_mask=has_doc_mask(known))
-            loss = result.get("loss", math.nan)
-            row |= {"loss": cell(loss, ".4f"), "perplexity": cell(hellaswag.perplexity(loss), ".2f"),
-                    "bits/byte": cell(result.get("bpb"), ".4f")}
+            row |= {"loss": cell(result.get("loss"), ".4f"), "bits/byte": cell(result.get("bpb"), ".4f")}
+            if row["loss"] != "-":
+                row["perplexity"] = cell(hellaswag.perplexity(result["loss"]), ".2f")
             for task, examples in tasks.items():
-                scores = hellaswag.task_scores(model, enc, task, examples)
-                row |= {(task, measure): cell(score, ".4f") for measure, score in scores.items()}
+                row |= score_cells({(task, k): v for k, v in hellaswag.task_scores(model, enc, task, examples).items()})
         model.to(pick_dtype(dtype, model.lm_head.weight.device))  # as for generating text
         rows.append(row | {"tokens/s": f"{tokens_per_second(model):,.1f}", "$": cell(run.get("usd") or None, ".2f")})
     for name, scores in hellaswag.PUBLISHED.items():
         if tasks.keys() & {task for task, _ in scores}:
-            rows.append({"model": f"{name}, published", **{column: f"{score:.4f}" for column, score in scores.items()}})
-    print_table(list(rows[0]), rows)
+            rows.append({"model": f"{name}, published", **score_cells(scores)})
+    columns = ["model", "parameters", "tokens", "loss", "perplexity", "bits/byte"]
+    columns += [column for column in rows[0] if isinstance(column, tuple)]
+    print_table([*columns, "tokens/s", "$"], rows)
     where = f"on {text}" if text else "from each model's last validation, on its own text"
-    print(f"loss (nats per token), perplexity and bits per byte {where}", file=sys.stderr)
+    counts = [f"{hellaswag.TASKS[task][0]} on {len(examples):,} examples" for task, examples in tasks.items()]
+    print("; ".join([f"loss (nats per token), perplexity and bits per byte {where}", *counts]), file=sys.stderr)
+
+
+def score_cells(scores):
+    """{(task, measure): score} with the scores as text"""
+    return {column: cell(score, ".2f" if column[1] == "perplexity" else ".4f") for column, score in scores.items()}
 
 
 def print_table(columns, rows):

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import argparse
+import itertools
 import json
 import math
 
@@ -69,34 +70,28 @@ TASKS = {
 
 
 def task_names(text):
-    names = text.split(",")
+    names = text.replace(" ", "").split(",")
     if unknown := [name for name in names if name not in TASKS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(TASKS)}")
     return names
 
 
-def download(task="hellaswag"):
+def download(task="hellaswag", limit=None):
     """A task's examples, from the Hugging Face hub or its cache"""
     import datasets
     datasets.disable_progress_bars()
-    _, repository, config, split, _, render = TASKS[task]
+    _, repository, config, split, *_ = TASKS[task]
     hint = ", or name a file of examples with hellaswag.py --data"
-    return [render(record) for record in ask_hub(
-        repository, lambda: datasets.load_dataset(repository, config, split=split), hint)]
+    records = ask_hub(repository, lambda: datasets.load_dataset(repository, config, split=split), hint)
+    return [make_example(task, record, f"{repository}, record {i}")
+            for i, record in enumerate(itertools.islice(records, limit), start=1)]
 
 
 def read_examples(path, limit=None, task="hellaswag"):
     """A .jsonl file of a task's records -> examples"""
-    title, *_, columns, render = TASKS[task]
     examples = []
-    for number, line in read_lines(path):
-        try:
-            examples.append(render(json.loads(line)))
-            check_example(examples[-1])
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            raise UserError(f"{path}, line {number}: not an example of {title} ({columns})") from None
-        if limit and len(examples) == limit:
-            break
+    for number, line in itertools.islice(read_lines(path), limit):
+        examples.append(make_example(task, line, f"{path}, line {number}"))
     if not examples:
         raise UserError(f"{path} holds no examples")
     return examples
@@ -106,12 +101,23 @@ def read_tasks(tasks, path=None, limit=None):
     """-> {task: its examples}, of a file or downloaded"""
     if path and len(tasks) > 1:
         raise UserError("--data is a file of one task's examples; name one --task")
-    return {task: read_examples(path, limit, task) if path else download(task)[:limit] for task in tasks}
+    return {task: read_examples(path, limit, task) if path else download(task, limit) for task in tasks}
+
+
+def make_example(task, record, where):
+    """A record, as a dict or as JSON -> an example. It may be a stranger's."""
+    title, *_, columns, render = TASKS[task]
+    try:
+        example = render(record if isinstance(record, dict) else json.loads(record))
+        check_example(example)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise UserError(f"{where}: not an example of {title} ({columns})") from None
+    return example
 
 
 def check_example(example):
     endings = example["endings"]
-    if not isinstance(endings, list) or int(example["label"]) not in range(len(endings)):
+    if not isinstance(endings, list) or len(endings) > 10 or int(example["label"]) not in range(len(endings)):
         raise ValueError
     if not all(isinstance(text, str) and text.encode() for text in (example["ctx"], *endings)):
         raise ValueError  # as does half a surrogate pair
@@ -136,15 +142,18 @@ def token_losses(model, x, targets):
     vocabulary is taken part by part: logits that fit into a CPU's cache are computed 1.4 times as fast, and a GPU need
     not hold all of them.
     """
-    size, sums, largest, target_logits = ids_at_once(x.device), [], [], torch.zeros(len(targets), device=x.device)
+    size, sums, target_logits = ids_at_once(x.device), [], torch.zeros(len(targets), device=x.device)
+    largest, likeliest = torch.full_like(target_logits, -math.inf), torch.full_like(targets, -1)
     for begin in range(0, model.cfg.vocab_size, size):
         logits = model.logits(x, slice(begin, begin + size)).float()  # (N, size)
         sums.append(logits.logsumexp(1))
-        largest.append(logits.amax(1))
+        values, ids = logits.max(1)  # one of several equal ones, which are common in bfloat16
+        likeliest = torch.where(values > largest, begin + ids, likeliest)
+        largest = torch.maximum(largest, values)
         column = (targets - begin).clamp(0, logits.size(1) - 1)
         is_in_part = column == targets - begin
         target_logits = torch.where(is_in_part, logits.gather(1, column[:, None])[:, 0], target_logits)
-    return torch.stack(sums).logsumexp(0) - target_logits, target_logits == torch.stack(largest).amax(0)
+    return torch.stack(sums).logsumexp(0) - target_logits, likeliest == targets
 
 
 @torch.no_grad()

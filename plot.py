@@ -22,11 +22,12 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
          "axes.titlesize": 9, "grid.color": "#e6e6e6", "axes.edgecolor": "#888888", "legend.frameon": False}
 DARK = {"figure.facecolor": "#161616", "axes.facecolor": "#161616", "grid.color": "#333333", **dict.fromkeys(
     ["text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], "#dddddd")}
-# Is my loss normal? Validation losses of a run of a recipe on two CPU cores, {tokens: loss}. Drawn behind its own runs.
+# Is my loss normal? Validation losses of runs on two CPU cores, {(recipe, data): {tokens: loss}}
 TYPICAL = {
-    "tiny": {102_400: 4.438, 204_800: 4.174, 307_200: 4.054, 409_600: 3.981, 512_000: 3.888, 614_400: 3.850,
-             716_800: 3.782, 819_200: 3.767, 921_600: 3.728, 1_024_000: 3.696},
-    "shakespeare": {256_000: 2.004, 512_000: 1.876, 768_000: 1.743, 1_024_000: 1.641},
+    ("tiny", "input.txt"): {
+        102_400: 4.438, 204_800: 4.174, 307_200: 4.054, 409_600: 3.981, 512_000: 3.888, 614_400: 3.850, 716_800: 3.782,
+        819_200: 3.767, 921_600: 3.728, 1_024_000: 3.696},
+    ("shakespeare", "shakespeare"): {256_000: 2.004, 512_000: 1.876, 768_000: 1.743, 1_024_000: 1.641},
 }
 
 
@@ -65,9 +66,13 @@ def read_header(text):
     """-> a run's settings, and scores to compare with, as far as they are what they should be"""
     try:
         header = json.loads(text)
-        tokens, price = float(header["config"]["total_batch_size"]), header["config"].get("usd_per_gpu_hour", 0)
+        config = header["config"]
+        tokens, price = float(config["total_batch_size"]), config.get("usd_per_gpu_hour", 0)
+        if not 0 < tokens < 2**53:
+            return {}
         references = {str(k): float(v) for k, v in header.get("references", {}).items()}
-        return dict(recipe=str(header.get("recipe", "")), tokens=tokens, hours=1 / 3600,
+        source = str(header.get("recipe", "")), os.path.basename(str(config.get("data", "")))
+        return dict(source=source, tokens=tokens, hours=1 / 3600,
                     FLOPs=tokens * float(header.get("flops_per_token", 0)),
                     dollars=float(header.get("world_size", 1)) * float(price) / 3600, references=references)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -136,12 +141,13 @@ def draw_losses(ax, streams, to_x, color, prefix):
 
 
 def draw_typical(ax, logs, kind):
-    """The losses of another run of the same recipe, if the logs are of one recipe and tell steps from tokens"""
-    recipes = {header.get("recipe") for _, header in logs}
-    typical = TYPICAL.get(recipes.pop(), {}) if len(recipes) == 1 and kind in ("step", "tokens") else {}
-    if typical:
-        scale = logs[0][1]["tokens"] if kind == "step" else 1
-        x, y = [tokens / scale for tokens in typical], list(typical.values())
+    """The losses of another run of the same recipe on the same text, if the logs are of one, with steps of one size"""
+    sources = {(header.get("source"), header.get("tokens")) for _, header in logs}
+    source, tokens_per_step = sources.pop()
+    typical = TYPICAL.get(source)
+    if typical and not sources and kind in ("step", "tokens"):
+        x = [tokens / tokens_per_step if kind == "step" else tokens for tokens in typical]
+        y = list(typical.values())
         ax.plot(x, y, color="#999999", linestyle="--", linewidth=1, label=f"validation, a typical run: {y[-1]:.3f}")
 
 
@@ -162,14 +168,14 @@ def read_logs(paths, x):
     return logs, axis_of
 
 
-def print_chart(paths, x="step"):
+def print_chart(paths, kind="step"):
     """The losses as text: a letter for each run, smoothed training losses or, without these, validation's"""
     width, height = max(40, shutil.get_terminal_size().columns - 10), 20
     curves = []
-    for (streams, _), to_x in zip(*read_logs(paths, x)):
+    for (streams, _), to_x in zip(*read_logs(paths, kind)):
         xs, ys = series(streams["train"], to_x)
         xs, ys = (xs, smooth(ys, len(ys) / 50)) if xs else series(streams["val"], to_x)
-        curves.append([point for point in zip(xs, ys) if math.isfinite(point[1])])
+        curves.append([(x, y) for x, y in zip(xs, ys) if 0 <= x < math.inf and abs(y) < 1e9])
     losses = sorted(y for curve in curves for _, y in curve)
     if not losses:
         fail("nothing is logged yet")
@@ -182,7 +188,7 @@ def print_chart(paths, x="step"):
             grid[max(0, row)][column] = letter
     for i, row in enumerate(grid):
         print(f"{high - (high - low) * i / (height - 1):8.3f} {''.join(row).rstrip()}")
-    print(f"{'':9}{0:<{width - 12}}{right:>12,.6g}  {x}".rstrip())
+    print(f"{'':9}{0:<{width - 12}}{right:>12,.6g}  {kind}".rstrip())
     for letter, name, curve in zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), short_names(paths), curves):
         print(f"{letter}: {name}" + (f", {curve[-1][1]:.3f} at the end" if curve else ", nothing logged yet"))
 

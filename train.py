@@ -302,6 +302,8 @@ def configure(argv):
         raise UserError("max_minutes cannot be combined with max_steps or epochs")
     if settings["max_minutes"] and settings["profile"]:
         raise UserError("profile needs max_steps or epochs, not max_minutes: it times the last steps")
+    if unknown := [name for name in map(str.strip, settings["gpu"].split(",")) if name not in PEAK_TFLOPS]:
+        raise UserError(f"gpu={unknown[0]} is none of {', '.join(PEAK_TFLOPS)}")
     if asked.get("patience") and not settings["val_interval"]:
         raise UserError("patience needs a val_interval above 0")
     if "distill_alpha" in asked and not settings["teacher"]:
@@ -749,8 +751,8 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov's
-            updates = torch.stack([gathered(u) for u in updates])  # (n, rows, columns)
+            updates = [gathered(torch.lerp(g, b, momentum)) for g, b in zip(grads, buffers)]  # Nesterov's
+            updates = torch.stack(updates)  # (n, rows, columns)
             matrices = updates.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (n * parts, rows / parts, columns)
             scale = 0.2 * math.sqrt(max(matrices.shape[1:]))  # AdamW's steps have a root mean square of about 0.2
             steps = orthogonalize_together(matrices.to(self.dtype)).reshape(updates.shape).to(updates.dtype)
@@ -838,7 +840,8 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
     sizes = [micro_batch] if micro_batch else [d for d in reversed(divisors(sequences)) if d <= largest]
     if device.type == "cuda":  # no time is spent on compiling for sizes that cannot fit
         free = torch.cuda.mem_get_info(device)[0]
-        sizes = [B for B in sizes if 0.7 * activation_bytes(model, B, amp_dtype) < free] or sizes[-1:]
+        one = 0.7 * activation_bytes(model.cfg, amp_dtype)  # compiled
+        sizes = [B for B in sizes if B * one < free] or sizes[-1:]
     wants_compile = compile == "true" or compile == "auto" and device.type == "cuda"
     model.set_compiled(wants_compile)
     problem = ""
@@ -866,25 +869,30 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
     return sizes[0], problem
 
 
-def activation_bytes(model, B, amp_dtype):
-    """About what a forward pass that is not compiled keeps for the backward pass, besides the weights in float32"""
-    cfg, size = model.cfg, torch.finfo(amp_dtype).bits // 8
+def activation_bytes(cfg, amp_dtype):
+    """About what a forward pass of one sequence, not compiled, keeps for the backward pass"""
     # Per token, in units of n_embd: two inputs and outputs of norms, q, k, v, what attention returns, the MLP's 4 + 4,
     # and one for small things; q and k once more for their norms, and for rotations. Checkpointed, a block keeps its
     # input.
     block = 1 if grad_checkpoint else 17 + 2 * cfg.qk_norm + 2 * (cfg.pos == "rotary")
     logits = cfg.vocab_size * (20 if cfg.softcap else 12)  # and two copies in float32; more for a soft-cap
-    # The autocast copies of the matrices stay for the step.
-    copies = 0 if amp_dtype == torch.float32 else size * sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    return B * block_size * (cfg.n_layer * block * cfg.n_embd * size + logits) + copies
+    return block_size * (cfg.n_layer * block * cfg.n_embd * amp_dtype.itemsize + logits)
+
+
+def autocast_bytes(model, amp_dtype):
+    """The copies of the matrices in this dtype, which stay for a step"""
+    n = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    return 0 if amp_dtype == torch.float32 else amp_dtype.itemsize * n
 
 
 def try_step(model, teacher_model, device, amp_dtype, B, shares):
     """
     The forward and backward pass of a step, with room for AdamW's two moments, for an earlier micro-batch's gradients,
-    and for what DDP and NCCL take. A validation needs less; its code is compiled here, too.
+    and for what DDP and NCCL take. A validation needs less; its code is compiled here, too. The model is not yet
+    sharded: if it will be, its weights and gradients here make up for much of what it will take besides its shares.
     """
-    room = [torch.empty(2 * p.numel() // shares + p.numel(), device=device) for p in model.parameters()]
+    floats = 3 if shares == 1 else max(0, 4 / shares - 1)  # per parameter, besides the two that are here
+    room = [torch.empty(int(floats * p.numel()), device=device) for p in model.parameters()]
     if device.type == "cuda":
         room.append(torch.empty(2**30, dtype=torch.uint8, device=device))
     batch = [torch.zeros(B, block_size, dtype=torch.long, device=device)] * (3 if doc_mask else 2)
@@ -906,7 +914,7 @@ def out_of_memory_advice(B):
 def add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size):
     """
     Forward and backward for every micro-batch of this process's share of a step.  -> its part of the step's loss, times
-    world_size, or None if the memory of a process that is alone ran out, and nothing has happened
+    world_size, or None if a single process ran out of memory; it may try the same step again
     """
     before, accumulate = loader.state_dict(), sequences // loader.B
     target_count, loss = loader.next_target_count(sequences * world_size), 0.0
@@ -926,21 +934,15 @@ def add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, wo
             loss += part.detach()
             scaler.scale(part).backward()
         return loss
-    except torch.OutOfMemoryError:
-        if world_size > 1:  # the others are waiting for this process
+    except RuntimeError as e:  # as torch.OutOfMemoryError is
+        if "out of memory" not in str(e):
+            raise
+        if world_size > 1 or loader.B == 1:  # other processes would wait for this one
             raise UserError(out_of_memory_advice(loader.B) + "; then --resume") from None
     loader.load_state_dict(before)
-
-
-def smaller_micro_batch(B, sequences, model, step):
-    """For a run whose memory has run out, as when other programs take more"""
-    if B == 1:
-        raise UserError(out_of_memory_advice(B))
     model.zero_grad(set_to_none=True)
+    gc.collect()  # switched off during the steps
     torch.cuda.empty_cache()
-    smaller = max(d for d in divisors(sequences) if d < B)
-    print(f"step {step}: out of memory with a micro-batch of {B}; again with {smaller}", flush=True)
-    return smaller
 
 
 # -- checkpoints and the log
@@ -1075,7 +1077,7 @@ def restore(ckpt, optimizers, scaler, loader, device, rank):
                 for name, value in moments.items():
                     if value.shape not in (params[i].shape, ()) or not value.isfinite().all():
                         raise ValueError(f"{name} of parameter {i}")
-                    moments[name] = shard_like(params[i], value.clone())  # not the mapped file
+                    moments[name] = shard_like(params[i], value.to(device, copy=True))  # the file is mapped
             # The moments are the checkpoint's; weight decay, betas and so on are those of the present settings.
             o.load_state_dict({**state, "param_groups": o.state_dict()["param_groups"]})
         if ckpt["scaler"] and scaler.is_enabled():
@@ -1197,9 +1199,7 @@ def print_plan(world_size, sequences, model, spec):
         model = model or new_model(manifest["vocab_size"] if manifest else vocabulary_of(spec))
     describe(model, world_size, sequences, n_rows, "none (dry run)")
     print_sizes(model, world_size, 2 * n_rows * (stride or block_size))
-    for name in gpu.split(",") if max_steps else ():
-        if name not in PEAK_TFLOPS:
-            raise UserError(f"gpu={name} is none of {', '.join(PEAK_TFLOPS)}")
+    for name in map(str.strip, gpu.split(",")) if max_steps else ():
         flops = model.flops_per_token() * max_steps * total_batch_size
         seconds = flops / (0.4 * PEAK_TFLOPS[name] * 1e12 * world_size)
         line = f"cost: {tqdm.format_interval(seconds)} on {world_size} x {name} at 40% of its peak"
@@ -1216,22 +1216,24 @@ def print_sizes(model, world_size, data_bytes):
     checkpoint = kept - 4 * n  # all but the gradients
     amp_name = "bfloat16" if dtype == "auto" else dtype
     amp_dtype = getattr(torch, amp_name)
-    copies, one = (activation_bytes(model, B, amp_dtype) for B in (0, 1))
-    sequence = one - copies
+    copies = autocast_bytes(model, amp_dtype)
     if parallel != "ddp" and world_size > 1:
         # Each process gathers the blocks in this dtype: all with ZeRO-2; with ZeRO-3 two, one that is computed and one
-        # on its way. What is outside the blocks is gathered in float32, and copied as if nothing were sharded.
+        # on its way. What is outside the blocks is gathered in float32, and copied as if nothing were sharded. For
+        # evaluation and before the run, it holds all weights in float32.
         blocks = n_blocks if parallel == "zero2" else 2 * n_blocks / model.cfg.n_layer
-        kept = kept / world_size + amp_dtype.itemsize * blocks + 4 * (n - n_blocks)
-        copies *= (n - n_blocks) / n
-    print(f"memory: {(kept + copies) / 2**30:.2f} GiB per process, and {sequence / 2**30:.2f} GiB for each sequence of a "
-          f"micro-batch, in {amp_name} and not compiled")
+        gathered_bytes = amp_dtype.itemsize * blocks + 4 * (n - n_blocks) + copies * (n - n_blocks) / n
+        kept, copies = kept / world_size + max(gathered_bytes, 4 * n), 0
+    print(f"memory: {(kept + copies) / 2**30:.2f} GiB per process, and "
+          f"{activation_bytes(model.cfg, amp_dtype) / 2**30:.2f} GiB for each sequence of a micro-batch, in {amp_name} "
+          "and not compiled")
     existing = os.path.abspath(out_dir)
-    while not os.path.exists(existing):
+    while not os.path.exists(existing) and os.path.dirname(existing) != existing:
         existing = os.path.dirname(existing)
+    free = f"; {shutil.disk_usage(existing).free / 2**30:,.0f} GiB are free" if os.path.exists(existing) else ""
     text = f"; the data, {data_bytes / 2**30:.2f} GiB" if data_bytes else ""
-    print(f"disk: up to {keep + 2} checkpoints of {checkpoint / 2**30:.2f} GiB, one of them being written{text}; "
-          f"{shutil.disk_usage(existing).free / 2**30:,.0f} GiB are free")
+    print(f"disk: up to {keep + 2} checkpoints of {checkpoint / 2**30:.2f} GiB, one of them being written{text}"
+          f"{free}")
 
 
 def vocabulary_of(spec):
@@ -1326,13 +1328,8 @@ def print_sample(step, model, enc, template):
             break
         tokens.append(token.item())
     gap = "\n" if template else ""
-    print(f"sample at step {step}: {sample_prompt}{gap}{printable(enc.decode(tokens[n:]))}\n", flush=True)
-
-
-def printable(text):
-    """A sample with its control characters escaped, which could move the cursor, and without rows of empty lines"""
-    text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-    return re.sub("\n{3,}", "\n\n", text)
+    text = re.sub("\n{3,}", "\n\n", enc.decode(tokens[n:]))  # some models say many empty lines
+    print(f"sample at step {step}: {sample_prompt}{gap}{text}\n", flush=True)
 
 
 def load_hellaswag(enc, is_local_main, device):
@@ -1356,7 +1353,7 @@ def log_step(log, run, loss, norm, lr, seconds, flops_per_token, peak, world_siz
     if usd_per_gpu_hour:
         fields["usd"] = f"{run['usd']:.4f}"
     left = tqdm.format_interval((max_steps - step) * seconds)
-    what = "loss with the teacher's" if teacher else "loss"
+    what = "distillation loss" if teacher else "loss"
     log.record(step, "train", loss, f"{what} {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
                f"{1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | {left} left", **fields)
 
@@ -1556,8 +1553,9 @@ if __name__ == "__main__":
         while loss is None:
             loss = add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size)
             if loss is None:
-                B = smaller_micro_batch(B, sequences, model, step)
-                loader.B = evaluation["B"] = constants["micro_batch"] = B
+                smaller = max(d for d in divisors(sequences) if d < B)
+                print(f"step {step}: out of memory with a micro-batch of {B}; retrying with {smaller}", flush=True)
+                loader.B = evaluation["B"] = constants["micro_batch"] = B = smaller
 
         # one update, unless the step is to be skipped
         lr = set_rates(optimizers, step)
