@@ -1352,7 +1352,7 @@ def log_step(log, run, loss, norm, lr, seconds, flops_per_token, peak, world_siz
                   tok_s=f"{rate:.0f}", mfu=mfu)
     if usd_per_gpu_hour:
         fields["usd"] = f"{run['usd']:.4f}"
-    left = tqdm.format_interval((max_steps - step) * seconds)
+    left = tqdm.format_interval(60 * max_minutes - run["seconds"] if max_minutes else (max_steps - step) * seconds)
     what = "distillation loss" if teacher else "loss"
     log.record(step, "train", loss, f"{what} {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
                f"{1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | {left} left", **fields)
