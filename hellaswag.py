@@ -183,7 +183,7 @@ def bits_per_byte(nats, n_bytes):
 
 
 def perplexity(loss):
-    return torch.tensor(loss, dtype=torch.float64).exp().item()  # inf for a loss for which math.exp fails
+    return torch.tensor(loss, dtype=torch.float64).exp().item()  # math.exp raises for large losses; this is inf
 
 
 # -- scores

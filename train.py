@@ -89,7 +89,7 @@ device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16 | float16
 tf32 = True  # multiply float32 matrices in TensorFloat-32 on CUDA
 compile = "auto"  # auto (on CUDA) | true | false
-parallel = "ddp"  # ddp | zero2 (processes share gradients and moments among them) | zero3 (and weights)
+parallel = "ddp"  # ddp | zero2 (shards gradients and optimizer state) | zero3 (shards weights too)
 grad_checkpoint = False  # recompute activations in the backward pass: less memory, about a third more time
 deterministic = False  # bit-for-bit repeatable on CUDA too, at some cost in speed
 val_interval = 250  # steps between validations; 0: never
@@ -914,7 +914,7 @@ def out_of_memory_advice(B):
 def add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size):
     """
     Forward and backward for every micro-batch of this process's share of a step.  -> its part of the step's loss, times
-    world_size, or None if a single process ran out of memory; it may try the same step again
+    world_size, or None if a single process ran out of memory: the caller may retry with a smaller micro-batch
     """
     before, accumulate = loader.state_dict(), sequences // loader.B
     target_count, loss = loader.next_target_count(sequences * world_size), 0.0
