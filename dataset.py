@@ -592,8 +592,30 @@ class Source(NamedTuple):
     n_pieces: int = 0  # of a text that is a single document: its end is held out
 
 
-def open_sources(names, column="text", doc_sep=EOT):
-    """fineweb -> [Source]; toygpt, or a.txt,b.jsonl -> several"""
+class Worker(NamedTuple):
+    """One of several machines that prepare a source together"""
+    number: int  # from 0
+    count: int
+
+    @property
+    def folder(self):
+        return f"worker_{self.number:03d}_of_{self.count:03d}"
+
+    def settings(self, settings):
+        """All its documents go into one split: the shares of the splits are for the source as a whole."""
+        return {**settings, "splits": "100/0", "worker": f"{self.number}/{self.count}"}
+
+
+def parse_worker(text):
+    """For argparse: 3/16 -> Worker(3, 16)"""
+    match = re.fullmatch(r"(\d{1,3})/(\d{1,3})", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} must be one of 0/16, 1/16, ..., 15/16, for 16 workers")
+    return Worker(int(match[1]), int(match[2]))
+
+
+def open_sources(names, column="text", doc_sep=EOT, worker=None):
+    """fineweb -> [Source]; toygpt, or a.txt,b.jsonl -> several. A worker gets its part of one"""
     if names in SOURCES or os.path.exists(names):
         names = SOURCES.get(names, {}).get("parts", [names])
     else:
@@ -602,13 +624,15 @@ def open_sources(names, column="text", doc_sep=EOT):
         for name in names:
             if SOURCES.get(name, {}).keys() & {"parts", "max_bytes"}:
                 raise UserError(f"source {name} has settings of its own and cannot be combined with others")
-    return [open_source(name, column, doc_sep) for name in names]
+        if worker:
+            raise UserError(f"--worker divides one source, not {len(names)}; prepare {', '.join(names)} one by one")
+    return [open_source(name, column, doc_sep, worker) for name in names]
 
 
-def open_source(name, column, doc_sep):
+def open_source(name, column, doc_sep, worker):
     row = SOURCES.get(name, {})
     if name.startswith("hf:") or "hub" in row:
-        return open_hub_source(name, column)
+        return open_hub_source(name, column, worker)
     if row:
         paths = [download(row["url"], os.path.join("data", f"{name}.txt"))]
     elif os.path.isdir(name):
@@ -621,10 +645,10 @@ def open_source(name, column, doc_sep):
         raise UserError(f"there is no source {name!r}" + suggest(name, SOURCES))
     if not paths:
         raise UserError(f"no file matches {name}")
-    return open_files(name, paths, column, doc_sep)
+    return open_files(name, paths, column, doc_sep, worker)
 
 
-def open_hub_source(name, column):
+def open_hub_source(name, column, worker):
     """A row of SOURCES, or hf:owner/name[:config]"""
     row = SOURCES.get(name)
     if row is None:
@@ -634,10 +658,11 @@ def open_hub_source(name, column):
         row = dict(hub=match[1], config=match[2] or None)
     folder = name if name in SOURCES else re.sub(r"\W+", "-", row["hub"].split("/")[-1].lower())
     options = dict(path=row["hub"], name=row.get("config"), revision=row.get("revision"))
-    return Source(folder, name, functools.partial(read_dataset, name, column, options), row.get("tokens", 0))
+    read = functools.partial(read_dataset, name, column, options, worker)
+    return Source(folder, name, read, row.get("tokens", 0))
 
 
-def open_files(name, paths, column, doc_sep):
+def open_files(name, paths, column, doc_sep, worker):
     size = sum(map(os.path.getsize, paths))
     if size == 0:
         raise UserError(f"{name} is empty")
@@ -647,14 +672,24 @@ def open_files(name, paths, column, doc_sep):
     if len(kinds) > 1 and kinds & {".jsonl", ".parquet"}:
         raise UserError(f"{name} matches files of several kinds; name one kind")
     if kinds == {".parquet"}:
-        read = functools.partial(read_dataset, name, column, dict(path="parquet", data_files=paths))
+        read = functools.partial(read_dataset, name, column, dict(path="parquet", data_files=paths), worker)
     elif kinds == {".jsonl"}:
+        if worker:
+            check_divisible(name, len(paths), worker)
+            paths = np.array_split(paths, worker.count)[worker.number].tolist()
         read = functools.partial(read_text, paths, functools.partial(read_rows, column))
+    elif worker:
+        raise UserError(f"--worker divides .jsonl, .parquet and Hugging Face data, not {name}")
     else:
         read, n_pieces = open_text(paths, size, doc_sep)
     folder = re.sub(r"[^\w.-]+", "", os.path.splitext(os.path.basename(name))[0])
     # about 4 bytes per token
     return Source(folder, os.path.basename(name), read, size / 4, fingerprint(paths), n_pieces)
+
+
+def check_divisible(name, n, worker):
+    if n < worker.count:
+        raise UserError(f"{name} has {n} file{'s' * (n > 1)} or row groups: too few for {worker.count} workers")
 
 
 def open_text(paths, size, doc_sep):
@@ -768,7 +803,7 @@ def cut_document(text, piece_chars):
     return [*pieces, text]
 
 
-def read_dataset(name, column, options, state):
+def read_dataset(name, column, options, worker, state):
     """Rows of a Hugging Face dataset, from the hub or from local files, as a stream"""
     hint = ", or use a local file: --source=FILE.txt, .jsonl or .parquet"
     failures, reached = 0, False
@@ -777,7 +812,7 @@ def read_dataset(name, column, options, state):
         print(f"reading {options['path']}{config} from the Hugging Face hub", file=sys.stderr, flush=True)
     while True:
         try:
-            for texts, state in read_stream(name, column, options, state):
+            for texts, state in read_stream(name, column, options, worker, state):
                 failures, reached = 0, True
                 yield [(text, True) for text in texts if text], state
             return
@@ -786,7 +821,7 @@ def read_dataset(name, column, options, state):
             wait_or_raise(e, name, failures, hint, reached)
 
 
-def read_stream(name, column, options, state):
+def read_stream(name, column, options, worker, state):
     """Yields (the texts of some rows, the state after them)."""
     import datasets
     datasets.disable_progress_bars()
@@ -796,6 +831,10 @@ def read_stream(name, column, options, state):
         stream = datasets.load_dataset(split="train", streaming=True, **options)
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(f"{name} is not on the Hugging Face hub, or needs a login (hf auth login)") from None
+    if worker:
+        stream = stream.reshard()  # by the row groups of .parquet files
+        check_divisible(name, stream.num_shards, worker)
+        stream = stream.shard(worker.count, worker.number)  # contiguous
     if state:
         stream.load_state_dict(state)
     for rows in stream.iter(batch_size=256):
@@ -864,6 +903,21 @@ def outage(error):
     return "no answer" if is_of_http or isinstance(error, (ConnectionError, TimeoutError)) else ""
 
 
+def read_parts(paths, eot, n_done):
+    """Yields (documents, tokens so far) from shards of tokens, skipping the first n_done tokens."""
+    n_done, start, rest = n_done or 0, 0, np.empty(0, dtype=np.uint16)
+    for path in paths:
+        tokens = read_shard(path)
+        for i in range(max(0, n_done - start), len(tokens), BATCH_CHARS):
+            rest = np.concatenate((rest, tokens[i:i + BATCH_CHARS]))
+            *documents, rest = np.split(rest, np.flatnonzero(rest == eot)[1:])  # the last may continue
+            n_done += sum(map(len, documents))
+            yield [(document, True) for document in documents], n_done
+        start += len(tokens)
+    if len(rest):
+        yield [(rest, True)], n_done + len(rest)
+
+
 # -- from sources to shards
 
 def split_shares(splits):
@@ -923,6 +977,8 @@ def encode_pieces(enc, pieces):
     One call of tiktoken for many documents, joined by the end-of-text string. If that fails, or a document contains
     the string itself, every piece is encoded separately.  -> (n,) uint32
     """
+    if not isinstance(pieces[0][0], str):  # tokens from read_parts
+        return np.concatenate([tokens for tokens, _ in pieces])
     joined = "".join(EOT + text if begins else text for text, begins in pieces)
     if joined.count(EOT) == sum(begins for _, begins in pieces):
         try:
@@ -965,16 +1021,17 @@ def encode_batches(batches, enc):
 
 
 def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_sep=EOT, max_bytes=None, splits=None,
-            shard_tokens=SHARD_TOKENS):
+            shard_tokens=SHARD_TOKENS, worker=None):
     """
     Tokenizes a source into a folder of shards, and returns the folder. Continues what an earlier call began. The
-    tokenizer is a spec, or what --tokenizer takes.
+    tokenizer is a spec, or what --tokenizer takes. A worker prepares its part, in a folder inside; a call without one
+    puts the parts together.
     """
     row = SOURCES.get(source, {})
     spec = tokenizer or row.get("tokenizer", "gpt2")
     spec = parse_tokenizer(spec) if isinstance(spec, str) else spec
     max_bytes = max_bytes or row.get("max_bytes")
-    sources = open_sources(source, column, doc_sep)
+    sources = open_sources(source, column, doc_sep, worker)
     tokens = sum(s.tokens for s in sources)
     if max_bytes:
         tokens = min(tokens or math.inf, max_bytes / 4)  # about 4 bytes per token
@@ -996,6 +1053,13 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     if not out and not name:
         raise UserError(f"choose a folder for {source}, with --out")
     out = out or os.path.join("data", name)
+    if worker:
+        if max_bytes:
+            raise UserError("a worker cannot know where max_bytes is reached; prepare this source without --worker")
+        if not is_trained(spec):
+            raise UserError(f"--worker needs a tokenizer that exists: train {spec['name']} once, with --max_bytes="
+                            f"{BPE_BYTES} and another --out, and name that folder as --tokenizer everywhere")
+        out, settings, tokens = os.path.join(out, worker.folder), worker.settings(settings), tokens / worker.count
     is_new = not os.path.exists(out)
     try:
         os.makedirs(out, exist_ok=True)
@@ -1007,6 +1071,8 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
                     os.remove(os.path.join(out, PROGRESS))  # left by a kill after the manifest was written
                 print(f"{out} is complete: {count_line(manifest['shards'])}", flush=True)
             else:
+                if part_folders(out):
+                    sources = [sources[0]._replace(read=open_parts(out, spec, settings))]
                 shards = write_shards(out, sources, spec, settings, tokens)
                 print(f"{out}: {count_line(shards)}", flush=True)
     except OSError as e:
@@ -1025,6 +1091,28 @@ def removed_if_useless(folder, is_new):
                 os.remove(os.path.join(folder, ".lock"))
                 os.rmdir(folder)
         raise
+
+
+def part_folders(out):
+    return sorted(glob.glob(os.path.join(glob.escape(out), "worker_[0-9][0-9][0-9]_of_[0-9][0-9][0-9]")))
+
+
+def open_parts(out, spec, settings):
+    """-> a function that reads, as a source does, what all workers have prepared"""
+    count, paths = int(part_folders(out)[0].rsplit("_", 1)[1]), []
+    for worker in (Worker(number, count) for number in range(count)):
+        folder = os.path.join(out, worker.folder)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{folder} is missing or unfinished: run --worker={worker.number}/{count}; to do without "
+                            "workers, remove their folders")
+        theirs = manifest["settings"]
+        check_same_settings(folder, theirs, {
+            **worker.settings(settings), "source_fingerprint": theirs.get("source_fingerprint")})  # of their files
+        check_shards(folder, manifest["shards"])
+        paths += [os.path.join(folder, shard["file"]) for shard in manifest["shards"]]
+    print(f"{out}: putting together the parts of {count} workers, which are not needed afterwards", flush=True)
+    return functools.partial(read_parts, paths, get_tokenizer(spec).eot_token)
 
 
 def check_same_settings(out, old, new):
@@ -1095,6 +1183,7 @@ def write_shards(out, sources, spec, settings, expected_tokens):
     if not any(shard["split"] == "train" for shard in writer.shards):
         problem = "too little text to divide into train and val" if writer.shards else "no text"
         raise UserError(f"{settings['source']} holds {problem}")
+    writer.shards.sort(key=lambda shard: SPLITS.index(shard["split"]))  # however the splits took turns
     write_json(os.path.join(out, MANIFEST), dict(
         version=MANIFEST_VERSION, source=settings["source"], settings=settings, tokenizer=state["tokenizer"],
         tokenizer_fingerprint=tokenizer_fingerprint(enc), vocab_size=enc.n_vocab, eot=enc.eot_token,
@@ -1476,6 +1565,9 @@ def parse_options():
     text.add_argument("--max_bytes", type=positive, help="stop after the document that reaches this much text")
     text.add_argument("--splits", help="percentages of the documents for train, val and test, such as 98/1/1 (default: "
                       "90/10, or 99/1 for sources known to be large)")
+    text.add_argument("--worker", type=parse_worker, metavar="I/N", help="prepare part I, from 0, of N, each on a "
+                      "machine of its own; with all worker_* folders in --out, the same command without --worker puts "
+                      "them together")
     text.add_argument("--shard_tokens", type=positive, help=f"tokens per shard (default: {SHARD_TOKENS:,})")
     p.add_argument("--verify", dest="folder", help="compare a prepared folder with its checksums, and stop")
     pairs = p.add_argument_group("a .jsonl file of prompts and responses")

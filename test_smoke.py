@@ -835,19 +835,48 @@ def test_a_source_continues_from_any_state(tmp_path, kind, monkeypatch):
         assert rest == [piece for pieces, _ in batches[i + 1:] for piece in pieces]
 
 
+def test_workers_parts_are_read_from_any_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 100)
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random(1000) < 0.01, 999, rng.integers(0, 256, 1000))
+    tokens[[0, 250, 251, 600]] = 999  # documents end with a shard, are empty, go over several blocks and shards
+    paths = [str(tmp_path / f"{i}.bin") for i in range(3)]
+    for path, part in zip(paths, np.split(tokens, [250, 620])):
+        dataset.write_shard(path, part)
+    batches = list(dataset.read_parts(paths, 999, None))
+    documents = [piece for pieces, _ in batches for piece, _ in pieces]
+    assert np.concatenate(documents).tolist() == tokens.tolist() and len(batches) > 5
+    assert all(d[0] == 999 and 999 not in d[1:] for d in documents)
+    n = 0
+    for pieces, state in batches:
+        n += len(pieces)
+        rest = [piece.tolist() for pieces, _ in dataset.read_parts(paths, 999, state) for piece, _ in pieces]
+        assert rest == [d.tolist() for d in documents[n:]]
+
+
 def digest(folder):
-    names = sorted(n for n in os.listdir(folder) if n != ".lock")
+    names = sorted(n for n in os.listdir(folder) if n != ".lock" and not n.startswith("worker_"))
     return {n: hashlib.sha256(open(os.path.join(folder, n), "rb").read()).hexdigest() for n in names}
 
 
 @pytest.mark.parametrize("source, splits", [
-    ("t.txt", "95/3/2"), ("a.txt,b.txt", "90/10"), ("t.jsonl", "99/1")])
+    ("t.txt", "95/3/2"), ("a.txt,b.txt", "90/10"), ("t.jsonl", "99/1"), ("workers*.jsonl", "98/2")])
 def test_a_preparation_killed_again_and_again_ends_in_the_same_bytes(tmp_path, source, splits):
     write_tables(tmp_path, stories(2000) * 3)
     for name, n in (("t", 3), ("a", 2), ("b", 1)):
         write_text(tmp_path / f"{name}.txt", stories(2000) * n)
-    code = "import dataset, sys; dataset.BATCH_CHARS = 20_000; " \
-        f"dataset.prepare('{source}', 'bpe:400', out=sys.argv[1], shard_tokens=70_000, splits='{splits}')"
+    tokenizer = "bpe:400"
+    if source.startswith("workers"):
+        lines, tokenizer = (tmp_path / "t.jsonl").read_text().splitlines(keepends=True), "byte"
+        for i in range(3):
+            (tmp_path / f"workers{i}.jsonl").write_text("".join(lines[2000 * i:][:2000]))
+    code = f"""
+import dataset, sys
+dataset.BATCH_CHARS = 20_000
+workers = map(dataset.Worker, (0, 1), (2, 2)) if sys.argv[1] == 'cut' and {tokenizer == "byte"} else ()
+for worker in [*workers, None]:
+    dataset.prepare('{source}', '{tokenizer}', out=sys.argv[1], shard_tokens=70_000, splits='{splits}', worker=worker)
+"""
 
     def start(out):
         env = {**os.environ, "PYTHONPATH": HERE}
@@ -857,7 +886,7 @@ def test_a_preparation_killed_again_and_again_ends_in_the_same_bytes(tmp_path, s
     rng, killed, expected = random.Random(0), 0, digest(tmp_path / "whole")
     for n_shards in (0, 2, 4, 7, 10):
         p = start("cut")
-        while p.poll() is None and len(list((tmp_path / "cut").glob("*.bin"))) < n_shards:
+        while p.poll() is None and len(list((tmp_path / "cut").rglob("*.bin"))) < n_shards:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
         killed += p.poll() is None
@@ -868,6 +897,26 @@ def test_a_preparation_killed_again_and_again_ends_in_the_same_bytes(tmp_path, s
     assert killed >= 4, "the preparation was too fast to be killed"
     assert start("cut").wait() == 0
     assert digest(tmp_path / "cut") == expected
+
+
+@pytest.mark.parametrize("kind, count", [("jsonl", 3), ("parquet", 16)])
+def test_workers_together_write_the_bytes_of_one(tmp_path, monkeypatch, capsys, kind, count):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 10_000)
+    for i, texts in enumerate([stories(700), ["", *stories(50), " word" * 5000], stories(900), stories(3)]):
+        write_tables(tmp_path, texts)
+        os.rename(f"t.{kind}", f"part{i}.{kind}")
+    options = dict(source=f"part*.{kind}", tokenizer="byte", shard_tokens=20_000, splits="95/3/2")
+    dataset.prepare(out="one", **options)
+    for number in range(count)[::-1]:  # in any order
+        if number == 0:
+            with pytest.raises(UserError, match="worker_000_of_0.. is missing or unfinished"):
+                dataset.prepare(out="many", **options)
+        dataset.prepare(out="many", worker=dataset.Worker(number, count), **options)
+    with pytest.raises(UserError, match="worker_000_of_0.. was made with shard_tokens=20000, not 30000"):
+        dataset.prepare(out="many", **{**options, "shard_tokens": 30_000})
+    dataset.prepare(out="many", **options)
+    assert digest("many") == digest("one")
 
 
 def test_sources_are_read_one_after_the_other_and_each_is_divided(tmp_path):
@@ -1027,7 +1076,8 @@ def hub(tmp_path_factory):
     for name, (path, card) in HUB.items():
         file = root / "datasets" / name / path
         file.parent.mkdir(parents=True)
-        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(120)), "text": stories(120)}), file)
+        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(120)), "text": stories(120)}), file,
+                                    row_group_size=50)
         if card:
             (root / "datasets" / name / "README.md").write_text(card)
     for name in ("openai-community/gpt2", "some/gpt2"):
@@ -1161,6 +1211,12 @@ def test_a_preparation_from_the_hub_that_is_killed_continues(hub, tmp_path):
     p.wait()
     assert not (tmp_path / "cut/meta.json").exists(), "it was too fast to be killed"
     assert prepare("cut").wait(60) == 0 and digest(tmp_path / "cut") == expected
+
+
+def test_workers_divide_a_source_of_the_hub_by_row_groups(hub, tmp_path):
+    for out, option in [("one", ()), *(("many", [f"--worker={i}/3"]) for i in range(3)), ("many", ())]:
+        run_ok(here("dataset.py"), "--source=fineweb", "--tokenizer=byte", f"--out={out}", *option, cwd=tmp_path, **hub)
+    assert digest(tmp_path / "many") == digest(tmp_path / "one")
 
 
 @needs_gpt2
@@ -4265,6 +4321,13 @@ MISTAKES = {
     "a pattern without files": ([*D, "--source=*.nothing"], "no file matches"),
     "a folder as a source": ([*D, "--source=data"], "data is a folder"),
     "splits that are not a whole": ([*TXT, "--splits=90/20"], "--splits=90/20 must be percentages"),
+    "a worker too many": (["dataset.py", "--worker=16/16"], "16/16 must be one of 0/16, 1/16, ..., 15/16"),
+    "a worker for a text file": ([*TXT, "--worker=0/2"], "--worker divides .jsonl, .parquet and Hugging Face data"),
+    "too many workers": (["dataset.py", "--source=pairs.jsonl", "--column=response", "--worker=0/2"],
+                         "has 1 file or row groups: too few for 2 workers"),
+    "a worker with a tokenizer to train": ([*TXT[:1], "--worker=0/2", "--tokenizer=bpe:300"],
+                                           "--worker needs a tokenizer that exists"),
+    "a worker with a limit": (["dataset.py", "--worker=0/2", "--max_bytes=100"], "cannot know where max_bytes"),
     "a shard of no tokens": ([*TXT, "--shard_tokens=0"], "0 must be at least 1"),
     "parts of parts": ([*D, "--source=toygpt,t.txt"], "source toygpt has settings of its own"),
     "a strict look at a bad line": ([*D, "--source=bad.jsonl", "--tokenizer=byte", "--strict"],
