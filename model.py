@@ -567,10 +567,20 @@ CHECKPOINT_VERSION = 2
 
 
 def find_checkpoints(out_dir):
-    """The checkpoints of a run, oldest first"""
+    """The complete checkpoints of a run, oldest first"""
     folder = os.path.join(out_dir, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted((os.path.join(folder, n) for n in names if re.fullmatch(r"model_\d+\.pt", n)), key=checkpoint_step)
+    paths = [os.path.join(folder, name) for name in names if re.fullmatch(r"model_\d+\.pt", name)]
+    return sorted(filter(checkpoint_files, paths), key=checkpoint_step)
+
+
+def checkpoint_files(path):
+    """The file of a checkpoint. One written in parts is a folder with a file of each process: [] until it has all"""
+    if not os.path.isdir(path):
+        return [path] if os.path.exists(path) else []
+    names = sorted(name for name in os.listdir(path) if re.fullmatch(r"part_\d{4}_of_\d{4}\.pt", name))
+    is_complete = names and len(names) == int(names[0][-7:-3])
+    return [os.path.join(path, name) for name in names] if is_complete else []
 
 
 def checkpoint_step(path):
@@ -607,13 +617,39 @@ def load_file(path, mapped=False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
 
 
+def join_parts(parts, join):
+    """
+    Dicts of the same keys -> one, whose tensors are join([those of all parts]). Scalars, and all that is no tensor, are
+    the same in all parts.
+    """
+    first = parts[0]
+    if isinstance(first, dict):
+        return {key: join_parts([part[key] for part in parts], join) for key in first}
+    if not torch.is_tensor(first) or not first.dim():
+        return first
+    if any(map(repeats_values, parts)):
+        raise ValueError("repeats its values")
+    return join(parts)
+
+
 def read_checkpoint(path, mapped=False):
-    """-> a checkpoint as a dict, its parts checked as far as a model and its tokenizer need them"""
-    if not os.path.isfile(path):
-        raise UserError(f"there is no checkpoint {path}")
+    """
+    -> a checkpoint as a dict, its entries checked as far as a model and its tokenizer need them. If it is in parts, its
+    weights are put together here; each moment of an optimizer is the list of its parts.
+    """
+    files = checkpoint_files(path)
+    if not files:
+        raise UserError(f"there is no checkpoint {path}" + ", or parts of it are missing" * os.path.isdir(path))
     with reading(path, "a checkpoint"):
-        ckpt = load_file(path, mapped)
+        parts = [load_file(file, mapped or len(files) > 1) for file in files]
+        ckpt = parts[0]
         check_types(ckpt, {})
+        if len(files) > 1:
+            if any((part["step"], part["data_fingerprint"]) != (ckpt["step"], ckpt["data_fingerprint"])
+                   for part in parts):
+                raise ValueError("parts of different runs")
+            ckpt["model"] = join_parts([part["model"] for part in parts], torch.cat)
+            ckpt["optimizers"] = [join_parts(o, list) for o in zip(*(part["optimizers"] for part in parts))]
         if "version" not in ckpt:
             return ckpt
         check_types(ckpt, dict(version=0))

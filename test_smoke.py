@@ -51,7 +51,8 @@ import plot
 import train
 from data_loader import DataLoader, PackedPairs, Pairs, pack, permute
 from dataset import EOT, UserError, get_tokenizer
-from model import GPT, GPTConfig, find_checkpoints, isolate_documents, load_checkpoint, read_checkpoint
+from model import (GPT, GPTConfig, checkpoint_step, find_checkpoints, isolate_documents, load_checkpoint,
+                   read_checkpoint)
 
 TEST_DATA = os.environ.get("TEST_DATA", "")
 WIKITEXT = os.path.join(TEST_DATA, "text/wikitext2-valid.txt")
@@ -1988,12 +1989,14 @@ def test_a_run_started_on_one_process_resumes_on_two(workspace, one_process, tmp
     assert losses(tmp_path) == pytest.approx(losses(one_process)[6:], abs=1e-5)
 
 
-@pytest.fixture(scope="session", params=["zero2", "zero3"])
+@pytest.fixture(scope="session", params=["zero2", "zero3", "zero3 --ckpt_shards"])
 def sharded(request, workspace):
     """A run of two processes that share what they keep"""
-    options = [f"--parallel={request.param}", "--micro_batch=2", "--ckpt_interval=6", "--sample_interval=6"]
-    torchrun(2, *NO_DROPOUT, *options, f"--out_dir=runs/{request.param}", cwd=workspace)
-    return workspace / "runs" / request.param
+    parallel, *parts = request.param.split()
+    options = [f"--parallel={parallel}", *parts, "--micro_batch=2", "--ckpt_interval=6", "--sample_interval=6"]
+    out = f"runs/{parallel}{''.join(parts)}"
+    torchrun(2, *NO_DROPOUT, *options, f"--out_dir={out}", cwd=workspace)
+    return workspace / out
 
 
 def test_sharding_gives_the_losses_of_one_process(sharded, one_process):
@@ -2005,6 +2008,7 @@ def test_a_checkpoint_of_a_sharded_run_has_the_form_of_any_other(sharded, one_pr
     assert a.keys() == b.keys() and a["model"].keys() == b["model"].keys()
     for part in (lambda c: c["model"], lambda c: c["optimizers"][0]["state"][3]):
         for x, y in zip(part(a).values(), part(b).values(), strict=True):
+            x = torch.cat(x) if isinstance(x, list) else x  # of a checkpoint in parts
             torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3)
 
 
@@ -2012,6 +2016,32 @@ def test_one_process_resumes_from_a_sharded_checkpoint(sharded, one_process, wor
     options = [f"--resume={sharded}/checkpoints/model_000006.pt", "--data=data/t", "--parallel=ddp"]
     run_ok(here("train.py"), *options, f"--out_dir={tmp_path}", cwd=workspace)
     assert losses(tmp_path) == pytest.approx(losses(one_process)[6:], abs=1e-5)
+
+
+def test_a_checkpoint_in_parts_counts_once_all_of_them_are_there(workspace, one_process, tmp_path):
+    shards = ["--parallel=zero3", "--ckpt_shards"]
+    torchrun(2, *NO_DROPOUT, *shards, "--ckpt_interval=3", f"--out_dir={tmp_path}", cwd=workspace)
+    assert [checkpoint_step(path) for path in find_checkpoints(tmp_path)][-2:] == [15, 16]
+    for step, part in ((15, 1), (16, 0)):  # as if killed while these were written
+        os.remove(tmp_path / f"checkpoints/model_{step:06d}.pt/part_000{part}_of_0002.pt")
+    (tmp_path / "checkpoints/model_000016.pt/part_0000_of_0002.pt.tmp").write_bytes(b"PK")
+    r = script(here("eval.py"), f"--ckpt={tmp_path}/checkpoints/model_000016.pt", "--prompt=x", cwd=workspace)
+    assert r.returncode == 1 and "parts of it are missing" in r.stderr
+    assert "step 12," in run_ok(here("eval.py"), f"--ckpt={tmp_path}", "--prompt=x", "--max_new_tokens=2",
+                                cwd=workspace).stderr
+    torchrun(4, "--resume", "--data=data/t", f"--out_dir={tmp_path}", cwd=workspace)
+    assert losses(tmp_path) == pytest.approx(losses(one_process), abs=1e-5)
+    assert all(len(os.listdir(path)) == 4 for path in find_checkpoints(tmp_path) if checkpoint_step(path) > 12)
+
+
+def test_parts_of_two_checkpoints_are_not_one(workspace, tmp_path):
+    ckpt = read_checkpoint(str(workspace / "runs/fp32/checkpoints/model_000030.pt"))
+    folder = tmp_path / "model_000030.pt"
+    folder.mkdir()
+    for i, change in enumerate([{}, {"step": 29}]):
+        torch.save({**ckpt, **change}, folder / f"part_{i:04d}_of_0002.pt")
+    with pytest.raises(UserError, match=r"model_000030.pt is not a checkpoint, or is damaged \(ValueError\)"):
+        read_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("parallel", ["zero2", "zero3"])
@@ -3713,10 +3743,10 @@ def gradients(prepare, checkpointed=False, dtype=torch.float32):
         scaler.scale(loss).backward()
     [optimizer] = train.make_optimizers(raw, device)
     scaler.unscale_(optimizer)
-    grads = train.copy_to_host({{name: p.grad for name, p in raw.named_parameters()}})
+    grads = train.copy_to_host({{name: p.grad for name, p in raw.named_parameters()}}, train.gathered)
     scaler.step(optimizer)
     for p, state in optimizer.state.items():  # what a checkpoint holds, and back
-        whole = train.copy_to_host(state)["exp_avg"]
+        whole = train.copy_to_host(state, train.gathered)["exp_avg"]
         part = train.shard_like(p, whole)
         assert (part.full_tensor() if hasattr(part, "full_tensor") else part).cpu().equal(whole)
     return grads
@@ -3728,8 +3758,9 @@ def compiled(model):
 plain = gradients(lambda model: model)
 for name, result, tolerance in [
         ("ddp", gradients(compiled), 1e-3), ("ddp, checkpointed", gradients(compiled, True), 1e-3),
-        ("sharded", gradients(lambda model: train.shard_model(model, device, 1)), 1e-3),
-        ("sharded, float16", gradients(lambda model: train.shard_model(model, device, 1), dtype=torch.float16), 0.03)]:
+        ("sharded", gradients(lambda model: train.shard_model(model, device, torch.float32, 1)), 1e-3),
+        ("sharded, float16", gradients(lambda model: train.shard_model(model, device, torch.float16, 1),
+                                       dtype=torch.float16), 0.03)]:
     for k in plain:
         assert (result[k] - plain[k]).abs().max() <= tolerance * plain[k].abs().max(), (name, k)
 torch.distributed.destroy_process_group()
@@ -4466,7 +4497,7 @@ def test_mistakes_overwrite_nothing(mistakes):
 
 KILLED = {  # processes, kills, options
     "one process": (1, 70, []), "pairs and a teacher": (1, 70, RUNS["pairs"]), "two processes": (2, 30, []),
-    "zero2": (2, 30, ["--parallel=zero2"])}
+    "zero2": (2, 30, ["--parallel=zero2"]), "zero3, in parts": (2, 30, ["--parallel=zero3", "--ckpt_shards"])}
 
 
 def wait_for_start(p, log, before):
@@ -4503,7 +4534,7 @@ def test_kills_at_random_instants_change_no_loss(workspace, tmp_path, name):
             else:
                 os.killpg(p.pid, signal.SIGKILL)
             p.wait()
-            saving += any(path.suffix == ".tmp" for path in out.glob("checkpoints/*"))
+            saving += any(path.suffix == ".tmp" for path in out.glob("checkpoints/**/*"))
             with contextlib.suppress(FileNotFoundError), filelock.FileLock(out / ".lock", timeout=60):
                 pass
             for path in find_checkpoints(out):

@@ -48,8 +48,8 @@ import hellaswag
 from data_loader import DataLoader, Pairs
 from dataset import UserError
 from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_SIZE, GPTConfig, autocast, build_model,
-                   checkpoint_step, cpu_computes_in, find_checkpoints, load_checkpoint, make_config, open_model,
-                   pick_device, pick_dtype, read_checkpoint, use_large_pages)
+                   checkpoint_files, checkpoint_step, cpu_computes_in, find_checkpoints, load_checkpoint, make_config,
+                   open_model, pick_device, pick_dtype, read_checkpoint, use_large_pages)
 
 # -- hyperparameters: each is an option of the command line
 
@@ -96,6 +96,7 @@ val_interval = 250  # steps between validations; 0: never
 val_tokens = 10_485_760  # tokens per validation, spread evenly over the val split
 patience = 0  # stop after this many validations in a row without improvement, and save each new best; 0: never
 ckpt_interval = 1000  # steps between checkpoints; the last step is saved too; 0: never
+ckpt_shards = False  # with zero2 or zero3: each process writes its part, and a checkpoint becomes a folder of files
 keep = 3  # newest checkpoints to keep, in addition to the best one
 sample_interval = 250  # steps between samples; 0: never
 sample_prompt = ""  # what the samples begin with
@@ -325,7 +326,7 @@ def find_resume(settings):
     choice, folder = settings["resume"], settings["out_dir"]
     if not choice:
         return None
-    if os.path.isdir(choice):
+    if os.path.isdir(choice) and not choice.endswith(".pt"):
         choice, folder = "newest", choice
     paths = [choice] if choice not in ("newest", "auto") else find_checkpoints(folder)[::-1]
     for path in paths:
@@ -809,6 +810,10 @@ def gathered(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def own_part(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def full_model(model):
     """
     The model with all its weights, which each process may use at its own pace. For a sharded model this is a copy: the
@@ -977,8 +982,7 @@ def read_run(path):
 
 def check_finite(run, model, device):
     """Weights that are not finite can never recover: ends the run before they are evaluated or saved."""
-    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
-    is_bad = not all(p.detach().isfinite().all() for p in parts)
+    is_bad = not all(own_part(p.detach()).isfinite().all() for p in model.parameters())
     if all_sum(device, is_bad)[0]:
         raise UserError(f"training has diverged: at step {run['step']} the weights are not finite; {advise(run)}")
 
@@ -995,10 +999,14 @@ def checkpoint_path(step):
 
 
 class Saver:
-    """Writes checkpoints in a thread, from a copy, while training goes on. Every process has one; the first writes."""
+    """
+    Writes checkpoints in a thread, from a copy, while training goes on. Every process has one; the first writes, or
+    with ckpt_shards each its part.
+    """
 
     def __init__(self, device):
         self.device, self.pool = device, ThreadPoolExecutor(1)
+        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.writing = None  # whether the newest checkpoint could be written, as a Future
         self.previous_best = None
 
@@ -1006,23 +1014,26 @@ class Saver:
         """Collects the whole run from all processes, and begins to write it into one file"""
         check_finite(run, model, self.device)
         self.finish(run)
-        self.previous_best, is_main = run["best"], True
+        self.previous_best = run["best"]
         if is_new_best(run):
             run["best"] = dict(run["last_val"])
         rng = [{kind: RNG[kind].get_rng_state() for kind in ("cpu", self.device.type)}]
-        if dist.is_initialized():
-            is_main, states = dist.get_rank() == 0, rng[0]
-            rng = [None] * dist.get_world_size()
+        if self.count > 1:
+            states, rng = rng[0], [None] * self.count
             dist.all_gather_object(rng, states)
+        path, collect, is_writing = checkpoint_path(run["step"]), gathered, self.rank == 0
+        if ckpt_shards and parallel != "ddp" and self.count > 1:
+            path = os.path.join(path, f"part_{self.rank:04d}_of_{self.count:04d}.pt")
+            collect, is_writing = own_part, True
         weights = model.state_dict()
         if model.cfg.tie_head:
             del weights["lm_head.weight"]
-        weights = copy_to_host(weights, is_main)
-        moments = [copy_to_host(o.state_dict(), is_main) for o in optimizers]
-        if is_main:
+        weights = copy_to_host(weights, collect, is_writing)
+        moments = [copy_to_host(o.state_dict(), collect, is_writing) for o in optimizers]
+        if is_writing:
             if model.cfg.tie_head:
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
-            self.writing = self.pool.submit(write_checkpoint, dict(
+            self.writing = self.pool.submit(write_checkpoint, path, self.rank == 0, dict(
                 constants, step=run["step"], run=copy.deepcopy(run), model=weights, optimizers=moments, rng=rng,
                 scaler=scaler.state_dict(), loader=loader.state_dict()))
 
@@ -1031,22 +1042,27 @@ class Saver:
         failed = all_sum(self.device, self.writing is not None and not self.writing.result())[0] > 0
         if failed:
             run["best"] = self.previous_best
+            if self.rank == 0:
+                remove_unfinished()
         return not failed
 
 
-def copy_to_host(tree, keep_result=True):
-    """A state dict copied to the CPU, shards put together. All processes call it; one keeps the result."""
+def copy_to_host(tree, collect, keep_result=True):
+    """
+    A state dict copied to the CPU, of each tensor what collect(tensor) makes of it: the whole, for which all processes
+    call this, or their own part. Not all keep the result.
+    """
     if isinstance(tree, dict):
-        return {k: copy_to_host(v, keep_result) for k, v in tree.items()}
+        return {k: copy_to_host(v, collect, keep_result) for k, v in tree.items()}
     if not torch.is_tensor(tree):
         return tree
-    tree = gathered(tree)
+    tree = collect(tree)
     return tree.to("cpu", copy=True) if keep_result else None
 
 
-def write_checkpoint(ckpt):
-    """-> whether that worked. The newest `keep` checkpoints stay, and the best."""
-    run, path = ckpt["run"], checkpoint_path(ckpt["step"])
+def write_checkpoint(path, is_main, ckpt):
+    """-> whether that worked. The first process removes old ones: the newest `keep` stay, and the best."""
+    run = ckpt["run"]
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         dataset.write_atomically(path, lambda f: torch.save(ckpt, f))
@@ -1055,13 +1071,32 @@ def write_checkpoint(ckpt):
         print(f"cannot write {path}: {problem}; checkpoints so far: {', '.join(find_checkpoints(out_dir)) or 'none'}",
               file=sys.stderr, flush=True)
         return False
-    for old in find_checkpoints(out_dir)[:-keep]:
+    for old in find_checkpoints(out_dir)[:-keep] if is_main else ():
         # While steps are being skipped the weights may be bad: keep the older checkpoints.
         if checkpoint_step(old) != run["best"]["step"] and not run["skipped"]:
-            with contextlib.suppress(OSError):
-                os.remove(old)
-    print(f"{step_label(run['step'])} | saved {path}\n", end="", flush=True)  # one write: this is a thread
+            remove(old)
+    if is_main:
+        # one write: this is a thread
+        print(f"{step_label(run['step'])} | saved {checkpoint_path(run['step'])}\n", end="", flush=True)
     return True
+
+
+def remove_unfinished():
+    """Removes what a kill, or a full disk, in the middle of a save has left."""
+    folder = os.path.join(out_dir, "checkpoints")
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.endswith(".tmp") or re.fullmatch(r"model_\d+\.pt", name) and not checkpoint_files(path):
+            remove(path)
+
+
+def remove(path):
+    """Removes a checkpoint, a file or a folder, if that is possible."""
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.remove(path)
 
 
 def restore(ckpt, optimizers, scaler, loader, device, rank):
@@ -1075,6 +1110,8 @@ def restore(ckpt, optimizers, scaler, loader, device, rank):
             params = [p for group in o.param_groups for p in group["params"]]
             for i, moments in state["state"].items():
                 for name, value in moments.items():
+                    if isinstance(value, list):  # of its parts, each in a file
+                        value = torch.cat(value)
                     if value.shape not in (params[i].shape, ()) or not value.isfinite().all():
                         raise ValueError(f"{name} of parameter {i}")
                     moments[name] = shard_like(params[i], value.to(device, copy=True))  # the file is mapped
@@ -1128,9 +1165,7 @@ def prepare_out_dir(run, ckpt):
     """Renames an older run's files, or checkpoints later than the one resumed from: nothing is overwritten."""
     log, checkpoints = os.path.join(out_dir, "log.txt"), os.path.join(out_dir, "checkpoints")
     resuming = ckpt and os.path.samefile(os.path.dirname(ckpt["path"]) or ".", checkpoints)
-    for name in os.listdir(checkpoints):
-        if name.endswith(".tmp"):  # left by a kill in the middle of a save
-            os.remove(os.path.join(checkpoints, name))
+    remove_unfinished()
     if resuming:
         old = [path for path in find_checkpoints(out_dir) if checkpoint_step(path) > run["step"]]
     else:
