@@ -279,7 +279,7 @@ def compare(names, text, split, stride, tasks, data, limit, device, dtype):
     tasks = read_tasks_if_there(tasks, data, limit)
     rows = []  # {column: cell}
     for name in names:
-        model, enc, known = load(name, ".", device, "float32")
+        model, enc, known = load(name, ".", device, hellaswag.weights_dtype(dtype))
         run = known.get("run", {})
         n_parameters = model.param_counts()["total"]
         row = {"model": name, "parameters": f"{n_parameters:,}", "tokens": cell(run.get("tokens"), ",")}
@@ -676,10 +676,12 @@ def main():
     if a.compare:
         compare(a.compare, a.perplexity, a.split, a.stride, a.task, a.data, a.limit, a.device, a.dtype)
         return
+    if a.export and a.dtype == "int8":
+        raise UserError("--export writes float32, bfloat16 or float16")
     if a.export:  # always on the CPU, and in float32 unless --dtype says otherwise
         a.device, a.dtype = "cpu", "float32" if a.dtype == "auto" else a.dtype
     is_scored = a.perplexity and not a.export
-    model, enc, known = load(a.ckpt, a.out_dir, a.device, "float32" if is_scored else a.dtype)
+    model, enc, known = load(a.ckpt, a.out_dir, a.device, hellaswag.weights_dtype(a.dtype) if is_scored else a.dtype)
     template = known.get("template")
     if a.export:
         export(model, enc, known, a.export)

@@ -27,7 +27,7 @@ import math
 import torch
 from torch import nn
 
-from dataset import (Parser, UserError, ask_hub, dtype_name, encode_text, get_tokenizer, positive, progress_bar,
+from dataset import (DTYPES, Parser, UserError, ask_hub, dtype_name, encode_text, get_tokenizer, positive, progress_bar,
                      read_lines, start_script)
 from model import autocast, isolate_documents, open_model, pick_dtype
 
@@ -124,6 +124,11 @@ def check_example(example):
 
 
 # -- losses
+
+def weights_dtype(dtype):
+    """In which dtype to open a model that is to be scored in this one"""
+    return dtype if dtype == "int8" else "float32"
+
 
 def precision(model, dtype):
     """For `with`: scores as training does, by the float32 weights, with matrices multiplied in this dtype"""
@@ -333,8 +338,9 @@ def add_model_options(p):
                    "the newest checkpoint of --out_dir)")
     p.add_argument("--out_dir", default=".", help="a run's folder (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: %(default)s)")
-    p.add_argument("--dtype", default="auto", type=dtype_name, choices=("auto", "float32", "bfloat16", "float16"),
-                   help="(default: %(default)s)")
+    p.add_argument("--dtype", default="auto", type=dtype_name, choices=("auto", *DTYPES, "int8"),
+                   help="float32, bfloat16, float16, or int8: on a CPU, twice as fast at generating text (default: "
+                   "%(default)s)")
 
 
 def add_task_options(p):
@@ -349,7 +355,7 @@ def main():
     add_task_options(p)
     p.add_argument("--limit", type=positive, help="use only the first examples")
     a = p.parse_args()
-    model, known = open_model(a.ckpt, a.out_dir, a.device, "float32")
+    model, known = open_model(a.ckpt, a.out_dir, a.device, weights_dtype(a.dtype))
     enc = get_tokenizer(known["tokenizer"])
     for task, examples in read_tasks(a.task, a.data, a.limit).items():
         with precision(model, a.dtype):

@@ -173,8 +173,32 @@ def linear(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    def forward(self, x, rows=None):
+        """All outputs, or those of a slice of the rows of the weight"""
+        if rows is None:
+            return linear(x, self.weight, self.bias)
+        return linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+
+
+class Int8Linear(nn.Module):
+    """
+    A Linear for generating text on a CPU, which is limited by reading weights: each is an integer of 8 bits, times a
+    scale that its row shares.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        weight = layer.weight.detach()
+        scales = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127).bfloat16()
+        integers = (weight / scales.float()[:, None]).round().clamp(-127, 127)
+        self.weight, self.bias = nn.Parameter(integers.to(torch.int8), requires_grad=False), layer.bias
+        self.register_buffer("scales", scales)
+
+    def forward(self, x, rows=slice(None)):
+        rows = slice(None) if rows is None else rows
+        inputs, scales = x.flatten(0, -2).bfloat16(), self.scales[rows].bfloat16()
+        y = torch.ops.aten._weight_int8pack_mm(inputs, self.weight[rows], scales).unflatten(0, x.shape[:-1])
+        return y.to(x.dtype) if self.bias is None else y + self.bias[rows]
 
 
 class CausalSelfAttention(nn.Module):
@@ -346,11 +370,7 @@ class GPT(nn.Module):
 
     def logits(self, x, ids=None):
         """Final hidden states, (..., C) -> logits, (..., vocab), or those of a slice of the vocabulary"""
-        if ids is None:
-            logits = self.lm_head(x)
-        else:
-            bias = self.lm_head.bias
-            logits = linear(x, self.lm_head.weight[ids], None if bias is None else bias[ids])
+        logits = self.lm_head(x, ids)
         if self.cfg.softcap:
             logits = self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap)
         return logits
@@ -370,6 +390,13 @@ class GPT(nn.Module):
         n = self.param_counts()
         lookups = n["positions"] + (0 if self.cfg.tie_head else n["embeddings"])
         return 6 * (n["total"] - lookups) + 12 * self.cfg.n_layer * self.cfg.n_embd * self.cfg.block_size
+
+    def quantize(self):
+        """Replaces the matrices, but not the embedding, by 8-bit integers."""
+        for module in list(self.modules()):
+            for name, layer in module.named_children():
+                if isinstance(layer, Linear):
+                    setattr(module, name, Int8Linear(layer))
 
     # -- sampling
 
@@ -546,7 +573,12 @@ def compute_dtype(tensor):
 
 
 def pick_dtype(name, device):
-    """auto is bfloat16 where the hardware computes in it, else float16 on CUDA, else float32."""
+    """
+    auto is bfloat16 where the hardware computes in it, else float16 on CUDA, else float32. int8 says how matrices are
+    stored; all else is float32 then.
+    """
+    if name == "int8":
+        return torch.float32
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -767,6 +799,10 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
     model.to(device, pick_dtype(dtype, device)).eval()
     step = f", step {known['step']:,}" if "step" in known else ""
     size = model.param_counts()["total"] / 1e6
+    if dtype == "int8":
+        if device.type != "cpu":
+            raise UserError(f"dtype=int8 is for CPUs, not {device.type}")
+        model.quantize()
     return model, {**known, "about": f"{name}{step}, {size:.1f}M parameters, {device.type}"}
 
 

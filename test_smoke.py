@@ -380,6 +380,27 @@ def test_half_precision_on_a_cpu_is_close_to_float32(dtype):
     torch.testing.assert_close(step.float(), model.hidden(idx)[:, -1].float(), atol=0.05, rtol=0.05)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_layers_multiply_by_integers_times_a_scale_for_each_row(bias):
+    layer, x = model_file.Linear(96, 70, bias=bias), torch.randn(2, 3, 96).bfloat16().float()
+    quantized = model_file.Int8Linear(layer)
+    rounded = quantized.weight.float() * quantized.scales.float()[:, None]
+    largest = layer.weight.abs().amax(dim=1, keepdim=True)
+    assert quantized.weight.dtype == torch.int8 and ((rounded - layer.weight).abs() <= 1.01 * largest / 127 / 2).all()
+    expected = torch.nn.functional.linear(x, rounded, layer.bias)
+    torch.testing.assert_close(quantized(x), expected, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(quantized(x, slice(5, 20)), quantized(x)[..., 5:20])
+
+
+def test_int8_changes_perplexity_by_less_than_half_a_percent(workspace):
+    values = []
+    for dtype in ("float32", "int8"):
+        r = run_ok(here("eval.py"), "--ckpt=runs/fp32", "--perplexity=data/t", f"--dtype={dtype}", cwd=workspace)
+        values.append(float(re.search(r"perplexity ([\d.]+)", r.stdout)[1]))
+    assert values[1] == pytest.approx(values[0], rel=0.005) and values[1] != values[0]
+
+
 @needs_package("transformers")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("vocab", [50257, 50304])
@@ -4398,6 +4419,7 @@ MISTAKES = {
     "a folder in another tokenizer": ([*E, "--perplexity=data/bpe"], "data/bpe is in tokenizer bpe:300, which is not"),
     "a text that is not there": ([*E, "--perplexity=no.txt"], "there is no source 'no.txt'"),
     "a stride beyond the context": ([*E, "--perplexity=t.txt", "--stride=33"], "is more than the context of 32"),
+    "an export of integers": ([*E, "--export=x", "--dtype=int8"], "--export writes float32, bfloat16 or float16"),
     "an export onto something": ([*E, "--export=data/t"], "data/t is not empty"),
     "an object that is no model": (
         ["eval.py", "--ckpt=object.pt", "--prompt=x"], "object.pt is not a checkpoint of train.py, nanoGPT or"),
