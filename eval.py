@@ -667,6 +667,11 @@ def parse_options():
     for name, is_in_range in in_range.items():
         if not is_in_range:
             raise UserError(f"--{name}={getattr(a, name)} is out of range")
+    measuring = dict(split=a.perplexity, stride=a.perplexity, limit=a.perplexity or a.compare, task=a.compare,
+                     data=a.compare)
+    for name, is_used in measuring.items():
+        if not is_used and getattr(a, name) != p.get_default(name):
+            raise UserError(f"--{name} belongs to --{'compare' if name in ('task', 'data') else 'perplexity'}")
     return a
 
 

@@ -4419,6 +4419,8 @@ MISTAKES = {
     "a folder in another tokenizer": ([*E, "--perplexity=data/bpe"], "data/bpe is in tokenizer bpe:300, which is not"),
     "a text that is not there": ([*E, "--perplexity=no.txt"], "there is no source 'no.txt'"),
     "a stride beyond the context": ([*E, "--perplexity=t.txt", "--stride=33"], "is more than the context of 32"),
+    "a task without a comparison": ([*E, "--task=piqa"], "--task belongs to --compare"),
+    "a split of nothing": ([*E, "--prompt=x", "--split=test"], "--split belongs to --perplexity"),
     "an export of integers": ([*E, "--export=x", "--dtype=int8"], "--export writes float32, bfloat16 or float16"),
     "an export onto something": ([*E, "--export=data/t"], "data/t is not empty"),
     "an object that is no model": (
