@@ -142,16 +142,16 @@ class Windows:
 
     def read(self, i):
         """-> inputs, targets and documents, (T,) each"""
-        tokens = self.slice(i * self.stride, self.T + 1)
+        tokens = self.read_stream(i * self.stride, self.T + 1)
         return tokens[:-1], tokens[1:], np.cumsum(tokens[:-1] == self.eot)
 
-    def slice(self, start, n):
+    def read_stream(self, start, n):
         """n tokens of the stream from `start` on.  -> (n,) int64"""
         parts, shard = [], bisect.bisect_right(self.ends, start)
+        begin = start - (self.ends[shard] - self.lengths[shard])
         while n:
-            begin = start - (self.ends[shard] - self.lengths[shard])
             parts.append(self.read_part(shard, begin, min(n, self.lengths[shard] - begin)))
-            start, n, shard = start + len(parts[-1]), n - len(parts[-1]), shard + 1
+            shard, begin, n = shard + 1, 0, n - len(parts[-1])
         return np.concatenate(parts, dtype=np.int64)
 
     def read_part(self, shard, begin, n):
@@ -173,7 +173,7 @@ class Windows:
 
 
 def file_state(path):
-    """By which a change of a file is noticed"""
+    """Size, time and inode: if one differs, the file has changed. None if it is gone"""
     try:
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns, status.st_ino
@@ -184,10 +184,10 @@ def file_state(path):
 class Pairs:
     """All prompts and responses of a .jsonl file, tokenized, in memory"""
 
-    def __init__(self, path, enc, strict=False):
+    def __init__(self, path, enc):
         self.path, self.eot, self.template = path, enc.eot_token, chat_template(enc)
         tokens, is_target, offsets = array.array("H"), bytearray(), [0]
-        for turns in read_pairs(path, strict):
+        for turns in read_pairs(path):
             pair = encode_chat(enc, self.template, turns)
             tokens.extend(pair[0])
             is_target.extend(pair[1])
@@ -200,11 +200,6 @@ class Pairs:
 
     def fingerprint(self):
         return f"{zlib.crc32(self.tokens.tobytes()):08x}{zlib.crc32(self.offsets.tobytes()):08x}"
-
-    def __getitem__(self, i):
-        """-> the tokens of pair i, and whether each is a target"""
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[part], self.is_target[part]
 
 
 class PackedPairs:
@@ -257,7 +252,8 @@ class PackedPairs:
 
     def shorten(self, i):
         """Pair i as inputs and targets of at most T tokens"""
-        tokens, is_target = self.pairs[i]
+        pair = slice(self.pairs.offsets[i], self.pairs.offsets[i + 1])
+        tokens, is_target = self.pairs.tokens[pair], self.pairs.is_target[pair]
         kept, ends = tokens_to_keep(is_target, self.T)
         targets = np.append(tokens[kept][1:], self.pairs.eot).astype(np.int64)
         is_target = np.append(is_target[kept][1:], ends)

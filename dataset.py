@@ -49,8 +49,8 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 100_000_000  # the default size of a shard
 BPE_BYTES = 200_000_000  # text that bpe:N is trained on
-BATCH_CHARS = 1 << 20  # of text files, encoded at a time by a thread
-TRIES, MAX_BACKOFF = 8, 60  # of a request; seconds between two
+BATCH_CHARS = 1 << 20  # characters of text that a thread encodes at a time
+TRIES, MAX_BACKOFF = 8, 60  # attempts for a request; the longest wait between two, in seconds
 RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 MANIFEST, PROGRESS = "meta.json", "progress.npz"
 MANIFEST_VERSION = 2
@@ -108,7 +108,7 @@ class Descriptor(io.FileIO):
 
 
 class Terminal(io.TextIOWrapper):
-    """Removes control characters, colours and changes of direction: a stranger's file could take over the terminal."""
+    """Strips control characters, colours and marks of text direction: a hostile file could take over the terminal."""
 
     def write(self, text):
         controls = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
@@ -117,7 +117,7 @@ class Terminal(io.TextIOWrapper):
 
 
 def start_script():
-    """What every script does first: errors and output as above, and no file may take the place of a closed stdout."""
+    """Every script calls this first: errors on one line, safe output, and no file gets a closed stdout's descriptor."""
     sys.excepthook = report_error
     signal.signal(signal.SIGINT, signal.default_int_handler)
     while os.open(os.devnull, os.O_RDWR) <= 2:
@@ -182,6 +182,12 @@ def integer(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 
+def positive(text):
+    if (number := integer(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
 def dtype_name(text):
     """For argparse: bf16-mixed -> bfloat16"""
     return next((name for name, aliases in DTYPES.items() if text in aliases.split()), text)
@@ -198,7 +204,7 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
-            os.remove(temporary)  # of a full disk it takes the last space
+            os.remove(temporary)  # on a full disk it would hold the last free space
         if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
             raise e.__context__ from None  # torch's own error does not say that the disk is full
         raise
@@ -211,7 +217,7 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def reading(path, kind, hint=""):
-    """Around all use of a file that may be damaged or a stranger's: what goes wrong is one line that names the file."""
+    """Wraps every use of a file that may be damaged or hostile: any error becomes one line that names the file."""
     try:
         yield
     except UserError:
@@ -309,7 +315,7 @@ def bpe_size(name):
     return int(name.removeprefix("bpe:"))
 
 
-def get_tokenizer(spec="gpt2"):
+def get_tokenizer(spec):
     """A spec, or what --tokenizer takes -> tiktoken.Encoding"""
     if isinstance(spec, str):
         spec = parse_tokenizer(spec)
@@ -393,31 +399,6 @@ def prompt_tokens(enc, template, turns):
     return [enc.eot_token, *encode_text(enc, turns[-1][0])]
 
 
-def hugging_face_tokenizer(enc):
-    """The content of the tokenizer.json that Hugging Face's `tokenizers` reads, for the same tokenizer"""
-    # GPT-2's spelling: the bytes that cannot be printed become characters from U+0100 on, the others are latin-1.
-    letters = {b: 256 + i for i, b in enumerate([*range(33), *range(127, 161), 173])}
-    ranks = enc._mergeable_ranks
-    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        # tiktoken joins any two neighbours that make a token, so every way to make it is listed.
-        halves = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        halves.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [[spelled[a], spelled[b]] for a, b in halves]
-    special = [dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-               for text, i in sorted(enc._special_tokens.items(), key=lambda item: item[1])]
-    vocab = {**{spelled[token]: i for token, i in ranks.items()}, **enc._special_tokens}
-    # use_regex: its regular expression is GPT2_SPLIT
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    model = dict(
-        type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
-        byte_fallback=False, vocab=vocab, merges=merges)
-    return dict(
-        version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None, pre_tokenizer=byte_level,
-        post_processor=None, decoder=byte_level, model=model)
-
-
 # -- training a tokenizer
 
 def count_words(texts):
@@ -436,7 +417,7 @@ def train_bpe(texts, vocab_size, special_tokens=(EOT,)):
     >>> train_bpe(["low low low lower"], 260, ["<|endoftext|>"])
     [(b'o', b'w'), (b'l', b'ow'), (b' ', b'low')]
     """
-    words = count_words([texts] if isinstance(texts, str) else texts)
+    words = count_words(texts)
     # A word is a string with one character per token, chr(id), so that str.replace merges a pair.
     spelled, counts = [word.decode("latin-1") for word in words], list(words.values())
     tokens = {chr(b): bytes([b]) for b in range(256)}
@@ -666,7 +647,8 @@ def open_files(name, paths, column, doc_sep, worker):
     size = sum(map(os.path.getsize, paths))
     if size == 0:
         raise UserError(f"{name} is empty")
-    kinds, n_pieces = {os.path.splitext(path)[1].lower() for path in paths}, 0
+    kinds = {os.path.splitext(path)[1].lower() for path in paths}
+    n_pieces = 0
     if ".json" in kinds:
         raise UserError(f"{name} is a single JSON value; write one object per line, as .jsonl")
     if len(kinds) > 1 and kinds & {".jsonl", ".parquet"}:
@@ -689,7 +671,7 @@ def open_files(name, paths, column, doc_sep, worker):
 
 def check_divisible(name, n, worker):
     if n < worker.count:
-        raise UserError(f"{name} has {n} file{'s' * (n > 1)} or row groups: too few for {worker.count} workers")
+        raise UserError(f"{name} has files or row groups: {n}, too few for {worker.count} workers")
 
 
 def open_text(paths, size, doc_sep):
@@ -773,23 +755,20 @@ def read_pieces(doc_sep, piece_chars, path):
     with reading(path, "UTF-8 text"), open(path, encoding="utf-8-sig") as f:
         while True:
             block = f.read(1 << 20) + f.readline(1 << 20)  # whole lines
-            at_end = block == ""
-            *documents, text = (text, "") if at_end else separator.split(text + block)
-            for document in documents:
-                for piece in cut_document(document.rstrip("\n"), piece_chars):
+            *documents, text = separator.split(text + block) if block else (text, "")
+            documents = [cut_document(document.rstrip("\n"), piece_chars) for document in documents]
+            # The last document may continue in the next block; if it is long already, yield the pieces it has so far.
+            *unfinished, text = cut_document(text or "\n", piece_chars)
+            for i, pieces in enumerate([*documents, unfinished]):
+                begins = begins or i > 0
+                for piece in pieces:
                     if begins:
                         piece = piece.lstrip("\n") if piece.strip() else ""
                     if piece:
                         yield piece, begins
                         begins = False
-                begins = True
-            if at_end:
+            if not block:
                 return
-            # The last document may continue in the next block; if it is long already, yield the pieces it has so far.
-            *pieces, text = cut_document(text or "\n", piece_chars)
-            for piece in pieces:
-                yield piece.lstrip("\n") if begins else piece, begins
-                begins = False
 
 
 def cut_document(text, piece_chars):
@@ -814,7 +793,8 @@ def read_dataset(name, column, options, worker, state):
         try:
             for texts, state in read_stream(name, column, options, worker, state):
                 failures, reached = 0, True
-                yield [(text, True) for text in texts if text], state
+                if pieces := [(text, True) for text in texts if text]:
+                    yield pieces, state
             return
         except Exception as e:
             failures += 1
@@ -848,12 +828,8 @@ def read_stream(name, column, options, worker, state):
 
 def report_retries():
     """Of what the hub's libraries log, shows only that they try again."""
-    def emit(record):
-        if "retry" in record.getMessage().lower():
-            print(record.getMessage(), file=sys.stderr, flush=True)
-
-    handler = logging.Handler()
-    handler.emit = emit
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: "retry" in record.getMessage().lower())
     for library in ("datasets", "huggingface_hub"):
         logger = logging.getLogger(library)
         logger.handlers, logger.propagate = [handler], False
@@ -871,14 +847,15 @@ def ask_hub(name, request, hint):
 
 
 def wait_or_raise(error, name, failures, hint, reached=False):
-    """After a request to the hub failed: waits if it may succeed later; else a UserError says what is wrong."""
+    """Called when a request to the hub fails: waits if a retry may help, else raises a UserError that says why."""
     if isinstance(error, UserError):
         raise error
     problem = ": ".join([type(error).__name__, *str(error).splitlines()[:1]]).rstrip(".")
     kind = outage(error)
     if not kind:
         raise UserError(f"cannot read {name}: {problem}") from None
-    if failures == TRIES or kind == "no connection" and not reached:
+    never_connected = kind == "no connection" and not reached
+    if failures == TRIES or never_connected:
         raise UserError(f"cannot read {name} from the Hugging Face hub ({problem}); check the network and run the "
                         f"command again{hint}") from None
     seconds = min(MAX_BACKOFF, 2**failures)
@@ -931,9 +908,9 @@ def split_shares(splits):
 
 def split_of(i, shares, n_pieces=0):
     """
-    The split of document i of a source, or of piece i if long documents are read in pieces. The last two digits of i,
-    read backwards, spread the shares evenly: 10% are the documents 0, 10, 20, ... rather than 0 to 9 of each hundred.
-    Of a single document in n_pieces, the last tenth is 10%.
+    The split of document i of a source, or of piece i if long documents are read in pieces. Swapping the last two
+    digits of i spreads each share evenly: 10% are documents 0, 10, 20, ..., not the first ten of every hundred. A
+    single document in n_pieces is divided by position instead: its last tenth is 10%.
 
     >>> [i for i in range(200) if split_of(i, (98, 1, 1)) == "test"]
     [10, 110]
@@ -947,7 +924,7 @@ def split_of(i, shares, n_pieces=0):
     return "test" if n < val + test else "train"
 
 
-def read_batches(sources, position, shares, max_bytes=None):
+def read_batches(sources, position, shares, max_bytes):
     """
     Yields ({split: pieces}, position after them) from all sources in turn. A position is (source, its state, its pieces
     so far, bytes so far), and says all that is needed to continue from there.
@@ -1039,7 +1016,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     split_shares(splits)  # an error now rather than later
     if shard_tokens >= 2**31:
         raise UserError(f"--shard_tokens={shard_tokens} is too large: a shard's header counts tokens as int32")
-    # Other sources have no doc_sep, and what was prepared of them stays valid whatever its default is.
+    # Recorded for text files only, so that a new default does not invalidate other prepared data.
     has_text = any(s.fingerprint and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources)
     settings = dict(
         source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint for s in sources),
@@ -1063,7 +1040,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     is_new = not os.path.exists(out)
     try:
         os.makedirs(out, exist_ok=True)
-        with lock_folder(out), removed_if_useless(out, is_new):
+        with lock_folder(out), remove_if_empty(out, is_new):
             if manifest := read_manifest(out):
                 check_same_settings(out, manifest["settings"], settings)
                 check_shards(out, manifest["shards"])
@@ -1071,9 +1048,9 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
                     os.remove(os.path.join(out, PROGRESS))  # left by a kill after the manifest was written
                 print(f"{out} is complete: {count_line(manifest['shards'])}", flush=True)
             else:
-                if part_folders(out):
-                    sources = [sources[0]._replace(read=open_parts(out, spec, settings))]
-                shards = write_shards(out, sources, spec, settings, tokens)
+                if parts := open_parts(out, spec, settings):
+                    sources = [sources[0]._replace(read=parts)]
+                shards = write_shards(out, sources, spec, settings, tokens, from_workers=bool(parts))
                 print(f"{out}: {count_line(shards)}", flush=True)
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
@@ -1081,7 +1058,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
 
 
 @contextlib.contextmanager
-def removed_if_useless(folder, is_new):
+def remove_if_empty(folder, is_new):
     """Removes a folder that was made for a source of which nothing could be read."""
     try:
         yield
@@ -1089,29 +1066,28 @@ def removed_if_useless(folder, is_new):
         with contextlib.suppress(OSError):
             if is_new and os.listdir(folder) == [".lock"]:
                 os.remove(os.path.join(folder, ".lock"))
-                os.rmdir(folder)
+                os.removedirs(folder)  # and data/NAME/, in which a worker's folder is
         raise
 
 
-def part_folders(out):
-    return sorted(glob.glob(os.path.join(glob.escape(out), "worker_[0-9][0-9][0-9]_of_[0-9][0-9][0-9]")))
-
-
 def open_parts(out, spec, settings):
-    """-> a function that reads, as a source does, what all workers have prepared"""
-    count, paths = int(part_folders(out)[0].rsplit("_", 1)[1]), []
+    """-> a function that reads, as a source does, what all workers have prepared; None if there were no workers"""
+    folders = glob.glob("worker_[0-9][0-9][0-9]_of_[0-9][0-9][0-9]", root_dir=out)
+    if not folders:
+        return None
+    count, paths = int(min(folders)[-3:]), []
     for worker in (Worker(number, count) for number in range(count)):
         folder = os.path.join(out, worker.folder)
         manifest = read_manifest(folder)
         if manifest is None:
             raise UserError(f"{folder} is missing or unfinished: run --worker={worker.number}/{count}; to do without "
                             "workers, remove their folders")
-        theirs = manifest["settings"]
-        check_same_settings(folder, theirs, {
-            **worker.settings(settings), "source_fingerprint": theirs.get("source_fingerprint")})  # of their files
+        worker_settings = manifest["settings"]
+        expected = {**worker.settings(settings), "source_fingerprint": worker_settings.get("source_fingerprint")}
+        check_same_settings(folder, worker_settings, expected)  # but for the fingerprint, which is of its files alone
         check_shards(folder, manifest["shards"])
         paths += [os.path.join(folder, shard["file"]) for shard in manifest["shards"]]
-    print(f"{out}: putting together the parts of {count} workers, which are not needed afterwards", flush=True)
+    print(f"{out}: combining the parts of {count} workers; their folders can be deleted afterwards", flush=True)
     return functools.partial(read_parts, paths, get_tokenizer(spec).eot_token)
 
 
@@ -1125,7 +1101,7 @@ def check_same_settings(out, old, new):
 
 
 def lock_folder(folder):
-    """-> a lock, to be released by `with`. A second process waits for the first; a killed one loses its lock."""
+    """-> an acquired lock, for a `with` statement. Other processes wait for it; a killed one loses it."""
     import filelock  # comes with torch
     lock = filelock.FileLock(os.path.join(folder, ".lock"))
     try:
@@ -1153,21 +1129,24 @@ def verify(folder):
     print(f"{folder} is intact: {count_line(manifest['shards'])}")
 
 
-def write_shards(out, sources, spec, settings, expected_tokens):
+def write_shards(out, sources, spec, settings, expected_tokens, from_workers):
     """Writes the shards and then the manifest, from the beginning or from where progress.npz says.  -> the shards"""
-    state, pending = load_progress(out, settings)
+    # A position in a source means nothing in the workers' shards, and the other way round.
+    progress_settings = {**settings, "from_workers": from_workers or None}
+    state, pending = load_progress(out, progress_settings)
     is_new = state is None
     if is_new:
         spec = spec if is_trained(spec) else train_tokenizer(sources, spec["name"], settings)
-        state = dict(settings=settings, tokenizer=spec, position=(0, None, 0, 0), shards=[])
+        state = dict(settings=progress_settings, tokenizer=spec, position=(0, None, 0, 0), shards=[])
     enc = get_tokenizer(state["tokenizer"])
     writer = ShardWriter(out, settings["shard_tokens"], enc, state["shards"], pending)
     batches = read_batches(sources, state["position"], split_shares(settings["splits"]), settings["max_bytes"])
     written = sum(shard["tokens"] for shard in writer.shards) + sum(map(len, pending.values()))
-    first = list(itertools.islice(batches, 1))  # what cannot be read leaves no files, and connecting is not counted
-    if is_new and first:
+    # Read one batch before writing anything: an unreadable source leaves no files, and the rate excludes connecting.
+    first_batch = list(itertools.islice(batches, 1))
+    if is_new and first_batch:
         save_progress(out, state, {})
-    batches = itertools.chain(first, batches)
+    batches = itertools.chain(first_batch, batches)
     with contextlib.closing(encode_batches(batches, enc)) as encoded, \
             progress_bar(expected_tokens or None, "tokens", written) as bar:
         for tokens_by_split, position in encoded:
@@ -1175,7 +1154,7 @@ def write_shards(out, sources, spec, settings, expected_tokens):
             for split, tokens in tokens_by_split.items():
                 writer.add(split, tokens)
             if len(writer.shards) > n_shards:
-                state.update(position=position, shards=writer.shards)
+                state["position"] = position  # state["shards"] is writer.shards
                 save_progress(out, state, {split: np.concatenate(writer.pending[split]) for split in SPLITS})
             bar.update(sum(map(len, tokens_by_split.values())))
     gc.collect()  # a parquet reader abandoned half-way can abort Python's exit (huggingface/datasets 7467)
@@ -1183,7 +1162,7 @@ def write_shards(out, sources, spec, settings, expected_tokens):
     if not any(shard["split"] == "train" for shard in writer.shards):
         problem = "too little text to divide into train and val" if writer.shards else "no text"
         raise UserError(f"{settings['source']} holds {problem}")
-    writer.shards.sort(key=lambda shard: SPLITS.index(shard["split"]))  # however the splits took turns
+    writer.shards.sort(key=lambda shard: SPLITS.index(shard["split"]))  # whichever filled a shard first
     write_json(os.path.join(out, MANIFEST), dict(
         version=MANIFEST_VERSION, source=settings["source"], settings=settings, tokenizer=state["tokenizer"],
         tokenizer_fingerprint=tokenizer_fingerprint(enc), vocab_size=enc.n_vocab, eot=enc.eot_token,
@@ -1202,8 +1181,8 @@ def load_progress(folder, settings):
     """-> the state and the pending tokens of an unfinished folder; (None, {}) for a new one"""
     path = os.path.join(folder, PROGRESS)
     if not os.path.exists(path):
-        if strangers := [name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))]:
-            raise UserError(f"{folder} already holds {strangers[0]}, which this command did not write; "
+        if foreign_files := [name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))]:
+            raise UserError(f"{folder} already holds {foreign_files[0]}, which this command did not write; "
                             "choose another --out")
         return None, {}
     with reading(path, "a progress file", f"; remove {folder} and prepare it again"):
@@ -1230,7 +1209,7 @@ def train_tokenizer(sources, name, settings):
         raise UserError(f"tokenizer {name} has no room for 256 bytes and {len(special)} special tokens")
     print(f"training tokenizer {name}", flush=True)
     n_bytes = min(BPE_BYTES, settings["max_bytes"] or BPE_BYTES) / len(sources)
-    texts = itertools.chain(*(first_texts(source, n_bytes) for source in sources))
+    texts = (text for source in sources for text in first_texts(source, n_bytes))
     merges = train_bpe(texts, size, special)
     if len(merges) < n_merges:
         print(f"the text has only {len(merges)} pairs to merge: the tokenizer is smaller than {name}", flush=True)
@@ -1238,12 +1217,9 @@ def train_tokenizer(sources, name, settings):
 
 
 def first_texts(source, n_bytes):
-    for pieces, _ in source.read(None):
-        for text, _ in pieces:
-            if n_bytes <= 0:
-                return
+    for by_split, _ in read_batches([source], (0, None, 0, 0), (100, 0, 0), n_bytes):
+        for text, _ in by_split["train"]:
             yield text
-            n_bytes -= len(text.encode("utf-8", "replace"))
 
 
 def count_line(shards):
@@ -1459,8 +1435,8 @@ def open_session(concurrency):
 
 def ask(session, url, body, prompt):
     """-> (prompt, response, finish reason, False), or (prompt, None, what went wrong, whether the server failed)"""
-    from requests import RequestException
-    from urllib3.exceptions import DecodeError, HTTPError, ProtocolError
+    from requests.exceptions import InvalidURL, RequestException
+    from urllib3.exceptions import DecodeError, HTTPError, LocationValueError, ProtocolError
     body = {**body, "messages": [*body["messages"], {"role": "user", "content": prompt}]}
     for attempt in range(TRIES):  # for malformed answers; urllib3 retries connection errors and bad statuses
         if attempt > 0:
@@ -1481,6 +1457,8 @@ def ask(session, url, body, prompt):
             if response := choice["message"]["content"].strip():
                 return prompt, response, choice.get("finish_reason"), False
             problem = "an empty response"
+        except (InvalidURL, LocationValueError):
+            raise UserError(f"--endpoint: {url} is not an address") from None
         except (ProtocolError, DecodeError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             problem = "an answer that is not a chat completion"
         except (RequestException, HTTPError) as e:
@@ -1526,7 +1504,8 @@ def read_responses(file, path, model):
     for number, line in enumerate(file, 1):
         try:
             row = json.loads(line)
-            prompt, _, author = row["prompt"], row["response"], row["model"]
+            _, author = row["response"], row["model"]
+            answered.add(row["prompt"])
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             start = b'{"prompt": '  # a line that we began but did not finish; any other is somebody else's
             if isinstance(e, ValueError) and not line.endswith(b"\n") and line[:len(start)] == start[:len(line)]:
@@ -1535,7 +1514,6 @@ def read_responses(file, path, model):
             raise UserError(f"{path}, line {number}, was not written by --source=synth; choose another --out") from None
         if author != model:
             raise UserError(f"{path} has responses from {author}; choose another --out for {model}")
-        answered.add(prompt)
         end += len(line)
         if not line.endswith(b"\n"):
             file.write(b"\n")
@@ -1543,12 +1521,6 @@ def read_responses(file, path, model):
 
 
 # -- the command line
-
-def positive(text):
-    if (number := integer(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
-
 
 def parse_options():
     p = Parser(prog="dataset.py", description=__doc__, argument_default=argparse.SUPPRESS)

@@ -90,6 +90,7 @@ class TextRow:
 def stream_text(model, enc, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop=()):
     """Continues prompts, lists of tokens. Yields lists of text pieces, one piece per prompt."""
     tokens = model.stream(prompts, temperature, top_k, top_p, generator)
+    stop = [stop] if isinstance(stop, str) else stop
     rows = [TextRow(enc, stop) for _ in prompts]
     for _ in range(max_new_tokens):
         yield [row.add(token) for row, token in zip(rows, next(tokens).flatten().tolist())]
@@ -98,7 +99,7 @@ def stream_text(model, enc, prompts, max_new_tokens, temperature, top_k, top_p, 
     yield [row.add(enc.eot_token) for row in rows]  # what is still held back
 
 
-def make_generator(model, seed=None):
+def make_generator(model, seed):
     seed = secrets.randbits(63) if seed is None else seed
     return torch.Generator(model.lm_head.weight.device).manual_seed(seed)
 
@@ -155,7 +156,7 @@ def interact(respond, is_chat):
         if is_chat and not line.strip():
             continue
         if is_chat:
-            turns.append((line.strip(), None))
+            turns.append((line, None))
         else:
             text += "\n" + line if text and line else line
             turns = [(text, None)]
@@ -245,7 +246,8 @@ def has_doc_mask(known):
     return known.get("train_config", {}).get("doc_mask") is True
 
 
-def tokens_per_second(model, n=64):
+def tokens_per_second(model):
+    n = 64
     prompt = torch.zeros(1, 16, dtype=torch.long, device=model.lm_head.weight.device)
     for n_tokens in (8, n):  # the first is a warm-up
         began = time.perf_counter()
@@ -255,13 +257,13 @@ def tokens_per_second(model, n=64):
 
 def cell(value, spec):
     """A number as text; a dash if there is none, as in a checkpoint that a stranger wrote"""
-    with contextlib.suppress(TypeError, OverflowError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         if math.isfinite(value):
             return format(value, spec)
     return "-"
 
 
-def read_tasks_if_there(tasks, data, limit):
+def read_available_tasks(tasks, data, limit):
     """-> {task: examples}, without those that cannot be downloaded"""
     if data:
         return hellaswag.read_tasks(tasks, data, limit)
@@ -276,13 +278,12 @@ def read_tasks_if_there(tasks, data, limit):
 
 def compare(names, text, split, stride, tasks, data, limit, device, dtype):
     """Prints a table of models, and of published scores."""
-    tasks = read_tasks_if_there(tasks, data, limit)
+    tasks = read_available_tasks(tasks, data, limit)
     rows = []  # {column: cell}
     for name in names:
         model, enc, known = load(name, ".", device, hellaswag.weights_dtype(dtype))
         run = known.get("run", {})
-        n_parameters = model.param_counts()["total"]
-        row = {"model": name, "parameters": f"{n_parameters:,}", "tokens": cell(run.get("tokens"), ",")}
+        row = {"model": name, "parameters": f"{known['n_parameters']:,}", "tokens": cell(run.get("tokens"), ",")}
         with hellaswag.precision(model, dtype):
             result = run.get("last_val", {})
             if text:
@@ -291,7 +292,7 @@ def compare(names, text, split, stride, tasks, data, limit, device, dtype):
             if row["loss"] != "-":
                 row["perplexity"] = cell(hellaswag.perplexity(result["loss"]), ".2f")
             for task, examples in tasks.items():
-                row |= score_cells({(task, k): v for k, v in hellaswag.task_scores(model, enc, task, examples).items()})
+                row |= score_cells(hellaswag.task_scores(model, enc, task, examples))
         model.to(pick_dtype(dtype, model.lm_head.weight.device))  # as for generating text
         rows.append(row | {"tokens/s": f"{tokens_per_second(model):,.1f}", "$": cell(run.get("usd") or None, ".2f")})
     for name, scores in hellaswag.PUBLISHED.items():
@@ -345,43 +346,44 @@ def sampling_options(request, defaults):
     options = {**defaults, **{name: request[name] for name in defaults if request.get(name) is not None}}
     for name, (low, high) in RANGES.items():
         value = options[name]
-        if value is not defaults[name] and (type(value) not in (int, type(high)) or not low <= value <= high):
+        if value != defaults[name] and (type(value) not in (int, type(high)) or not low <= value <= high):
             raise BadRequest(f"{name} must be a{' whole' if type(high) is int else ''} number from {low} to {high}")
     if options["temperature"] < 1e-4:  # logits divided by it could overflow
         options["temperature"] = 0
     stop = options["stop"]
-    options["stop"] = stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(s, str) and 0 < len(s) <= 100 for s in stop) or len(stop) > 16:
+    stops = [stop] if isinstance(stop, str) else stop
+    is_valid = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= 100 for s in stops)
+    if stop is not defaults["stop"] and not (is_valid and len(stops) <= 16):
         raise BadRequest("stop must be a string of 1 to 100 characters, or a list of up to 16 of them")
     return options
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """server.model answers. Requests wait for each other, since one text at a time is generated."""
-    timeout = 60  # seconds that a client may take to send or accept something
+    timeout = 60  # seconds to wait for a client to send or receive
 
     def handle(self):
         with contextlib.suppress(OSError):  # the client has gone
             super().handle()
 
     def do_POST(self):
-        what, server = f"{self.command} {self.path.split('?')[0]}", self.server
+        route, server = f"{self.command} {self.path.split('?')[0]}", self.server
         try:
             length = self.headers.get("Content-Length", "0")
             if not re.fullmatch(r"\d{1,6}", length):
-                raise BadRequest("a request has a Content-Length, of at most 999,999", 413)
+                raise BadRequest("a request needs a Content-Length of at most 999,999", 413)
             body = self.rfile.read(int(length))
             self.check_sender()
-            if what == "GET /":
+            if route == "GET /":
                 values = json.dumps([server.name, bool(server.template), server.defaults["temperature"]])
                 self.send("text/html; charset=utf-8", [PAGE.replace("VALUES", values.replace("<", "\\u003c"))])
-            elif what == "GET /v1/models":
+            elif route == "GET /v1/models":
                 models = [dict(id=server.name, object="model", created=0, owned_by="eval.py")]
                 self.send("application/json", [json.dumps(dict(object="list", data=models))])
-            elif what in ("POST /v1/completions", "POST /v1/chat/completions"):
-                self.complete(body, "chat" in what)
+            elif route in ("POST /v1/completions", "POST /v1/chat/completions"):
+                self.complete(body, "chat" in route)
             else:
-                raise BadRequest(f"there is no {what}", 404)
+                raise BadRequest(f"there is no {route}", 404)
         except BadRequest as e:
             error = dict(message=str(e), type="invalid_request_error", param=None, code=e.code)
             self.send("application/json", [json.dumps(dict(error=error))], e.status)
@@ -389,7 +391,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST
 
     def check_sender(self):
-        """A page of another site must not use this server, by whatever name it calls this machine."""
+        """Refuses pages of other sites, also those whose own name leads to this machine (DNS rebinding)."""
         host, origin, hosts = self.headers.get("Host", ""), self.headers.get("Origin"), self.server.hosts
         with contextlib.suppress(ValueError):
             name = urlsplit(f"//{host}").hostname or ""
@@ -416,11 +418,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             first = next(parts)
         except UserError as e:
             raise BadRequest(str(e), 500) from None
-        parts = map(json.dumps, itertools.chain([first], parts))
-        if request.get("stream") is True:
-            self.send("text/event-stream", (f"data: {part}\n\n" for part in itertools.chain(parts, ["[DONE]"])))
+        chunks = map(json.dumps, itertools.chain([first], parts))
+        if request.get("stream"):
+            self.send("text/event-stream", (f"data: {chunk}\n\n" for chunk in itertools.chain(chunks, ["[DONE]"])))
         else:
-            self.send("application/json", parts)
+            self.send("application/json", chunks)
 
     def read_prompt(self, request, is_chat):
         server, prompt = self.server, request.get("prompt")
@@ -430,8 +432,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f"{server.name} is not fine-tuned on chats; use /v1/completions")
         if is_chat:
             try:
-                to_come = dict(role="assistant", content="-")
-                *turns, (prompt, _) = dataset.parse_messages([*request["messages"], to_come])
+                placeholder = dict(role="assistant", content="-")  # parse_messages drops a question without an answer
+                *turns, (prompt, _) = dataset.parse_messages([*request["messages"], placeholder])
             except (LookupError, TypeError, ValueError) as e:
                 raise BadRequest(f"messages must alternate between user and assistant, the last by user: {e}") from None
             return chat_tokens(server.model, server.enc, server.template, [*turns, (prompt, None)])
@@ -443,7 +445,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def generate(self, request, options, tokens, is_chat):
         """Yields the response, in parts if it is to be streamed."""
-        server, stream, texts = self.server, request.get("stream") is True, []
+        server, stream, texts = self.server, bool(request.get("stream")), []
         kind = "chat.completion" if is_chat else "text_completion"
         about = dict(id=f"cmpl-{secrets.token_hex(8)}", object=f"{kind}.chunk" if is_chat and stream else kind,
                      created=int(time.time()), model=server.name)
@@ -464,7 +466,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise ConnectionError("the client has gone")
                 if stream and text:
                     yield response(text, None)
-        # If max_tokens end the text, there is one more piece: what a stop string might still have removed.
+        # If max_tokens ended the text, stream_text gave one more piece: what it held back for a stop string.
         n, reason = min(len(texts), max_tokens), "length" if len(texts) > max_tokens else "stop"
         usage = dict(prompt_tokens=len(tokens), completion_tokens=n, total_tokens=len(tokens) + n)
         yield response("", reason) if stream else response("".join(texts), reason, usage=usage)
@@ -503,7 +505,7 @@ PAGE = r"""<!doctype html>
   textarea, input, button { font: inherit; padding: .3rem .6rem }
 </style>
 <h1></h1><main></main>
-<form><textarea rows="3"></textarea><label>temperature <input type="number" min="0" max="2" step="0.1"></label>
+<form><textarea rows="3"></textarea><label>temperature <input type="number" min="0" step="0.1"></label>
 <button></button></form>
 <script>
 const [model, chat, temperature] = VALUES, $ = name => document.querySelector(name), box = $("textarea")
@@ -517,6 +519,7 @@ async function send() {
   box.value = ""
   text += said
   turns.push({role: "user", content: said})
+  let problem = ""
   running = new AbortController()
   $("button").textContent = "Stop"
   try {
@@ -536,10 +539,11 @@ async function send() {
       }
     }
   } catch (e) {
-    if (e.name != "AbortError") answer.textContent += `[${e.message}]`
+    if (e.name != "AbortError") problem = `[${e.message}]`
   }
   text += answer.textContent
   turns.push({role: "assistant", content: answer.textContent.trim() || "-"})
+  answer.textContent += problem  // shown, but no part of the text
   running = null
   $("button").textContent = "Send"
 }
@@ -556,7 +560,7 @@ $("button").textContent = "Send"
 
 # -- exporting
 
-# dataset.encode_chat in the language of transformers' chat templates
+# dataset.encode_chat as a Jinja template, for transformers' apply_chat_template
 CHAT_TEMPLATE = """\
 {% if messages[0].role == 'system' %}{% set system, messages = messages[0].content.strip() + '\n\n', messages[1:] %}\
 {% else %}{% set system = '' %}{% endif %}\
@@ -598,14 +602,39 @@ def model_card(model, known):
     lines = []
     for name, value in facts.items():
         if isinstance(value, (int, float)):
-            value = f"{value:,.5g}" if isinstance(value, float) else f"{value:,}"
-        if value not in (None, "nan", "inf"):
+            value = cell(value, ",.5g" if isinstance(value, float) else ",")
+        if value not in (None, "-"):
             lines.append(f"- {name}: {value}")
-    inputs = 'tokenizer(tokenizer.bos_token + "Once", return_tensors="pt")  # bos_token: texts begin with it'
+    inputs = 'tokenizer(tokenizer.bos_token + "Once", return_tensors="pt")  # every text begins with bos_token'
     if known.get("template"):
         inputs = 'tokenizer.apply_chat_template([dict(role="user", content="Hello")], add_generation_prompt=True, ' \
             'return_tensors="pt", return_dict=True)'
     return CARD.format(facts="\n".join(lines), inputs=inputs)
+
+
+def hugging_face_tokenizer(enc):
+    """The content of the tokenizer.json that Hugging Face's `tokenizers` reads, for the same tokenizer"""
+    # GPT-2's spelling: the bytes that cannot be printed become characters from U+0100 on, the others are latin-1.
+    letters = {b: 256 + i for i, b in enumerate([*range(33), *range(127, 161), 173])}
+    ranks = enc._mergeable_ranks
+    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        # tiktoken joins any two neighbours that make a token, so every way to make it is listed.
+        halves = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        halves.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [[spelled[a], spelled[b]] for a, b in halves]
+    special = [dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+               for text, i in enc._special_tokens.items()]
+    vocab = {**{spelled[token]: i for token, i in ranks.items()}, **enc._special_tokens}
+    # use_regex: its regular expression is GPT2_SPLIT
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    model = dict(
+        type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
+        byte_fallback=False, vocab=vocab, merges=merges)
+    return dict(
+        version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None, pre_tokenizer=byte_level,
+        post_processor=None, decoder=byte_level, model=model)
 
 
 def export(model, enc, known, folder):
@@ -623,7 +652,7 @@ def export(model, enc, known, folder):
     card = model_card(model, known).encode()
     try:
         model.save_pretrained(folder, enc.eot_token)
-        dataset.write_json(os.path.join(folder, "tokenizer.json"), dataset.hugging_face_tokenizer(enc))
+        dataset.write_json(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer(enc))
         dataset.write_json(os.path.join(folder, "tokenizer_config.json"), settings)
         dataset.write_json(os.path.join(folder, dataset.TOKENIZER_SPEC), dict(
             tokenizer=known["tokenizer"], template=template))

@@ -89,9 +89,8 @@ def download(task="hellaswag", limit=None):
 
 def read_examples(path, limit=None, task="hellaswag"):
     """A .jsonl file of a task's records -> examples"""
-    examples = []
-    for number, line in itertools.islice(read_lines(path), limit):
-        examples.append(make_example(task, line, f"{path}, line {number}"))
+    lines = itertools.islice(read_lines(path), limit)
+    examples = [make_example(task, line, f"{path}, line {number}") for number, line in lines]
     if not examples:
         raise UserError(f"{path} holds no examples")
     return examples
@@ -109,29 +108,25 @@ def make_example(task, record, where):
     title, *_, columns, render = TASKS[task]
     try:
         example = render(record if isinstance(record, dict) else json.loads(record))
-        check_example(example)
+        endings = example["endings"]
+        if not isinstance(endings, list) or len(endings) > 10 or int(example["label"]) not in range(len(endings)):
+            raise ValueError
+        if not all(isinstance(text, str) and text.encode() for text in (example["ctx"], *endings)):
+            raise ValueError  # as does half a surrogate pair
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{where}: not an example of {title} ({columns})") from None
     return example
 
 
-def check_example(example):
-    endings = example["endings"]
-    if not isinstance(endings, list) or len(endings) > 10 or int(example["label"]) not in range(len(endings)):
-        raise ValueError
-    if not all(isinstance(text, str) and text.encode() for text in (example["ctx"], *endings)):
-        raise ValueError  # as does half a surrogate pair
-
-
 # -- losses
 
 def weights_dtype(dtype):
-    """In which dtype to open a model that is to be scored in this one"""
+    """The dtype in which to open a model that will be scored in `dtype`"""
     return dtype if dtype == "int8" else "float32"
 
 
 def precision(model, dtype):
-    """For `with`: scores as training does, by the float32 weights, with matrices multiplied in this dtype"""
+    """A context manager: scores as training does, with float32 weights and matrices multiplied in `dtype`"""
     device = model.lm_head.weight.device
     return autocast(device, pick_dtype(dtype, device))
 
@@ -319,11 +314,11 @@ def evaluate(model, enc, examples, rank=0, world_size=1):
 
 
 def task_scores(model, enc, task, examples):
-    """-> {measure: score}"""
+    """-> {(task, measure): score}"""
     *right, n_greedy, nats, n = score(model, encode(examples, enc, model.cfg.block_size))
     if task == "lambada":
-        return {"acc": n_greedy / n, "perplexity": perplexity(nats / n)}
-    return {measure: count / n for measure, count in zip(MEASURES, right)}
+        return {(task, "acc"): n_greedy / n, (task, "perplexity"): perplexity(nats / n)}
+    return {(task, measure): count / n for measure, count in zip(MEASURES, right)}
 
 
 def with_error(measure, score, n):
@@ -360,7 +355,7 @@ def main():
     for task, examples in read_tasks(a.task, a.data, a.limit).items():
         with precision(model, a.dtype):
             scores = task_scores(model, enc, task, examples)
-        text = ", ".join(with_error(*item, len(examples)) for item in scores.items())
+        text = ", ".join(with_error(measure, score, len(examples)) for (_, measure), score in scores.items())
         print(f"{TASKS[task][0]} of {known['about']}, {len(examples):,} examples: {text}")
 
 

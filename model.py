@@ -7,6 +7,7 @@ The defaults of GPTConfig are GPT-2 124M. Parameters have the names of Hugging F
 import contextlib
 import ctypes
 import functools
+import glob
 import importlib.util
 import math
 import os
@@ -162,28 +163,25 @@ def reference_attention(q, k, v, mask=None, dropout=0.0):
     return F.dropout(weights, dropout, training=dropout > 0).to(v.dtype) @ v  # -> (B, nh, T, hs)
 
 
-def linear(x, weight, bias=None):
-    # For one row a CPU is limited by reading the weights, and half precision is twice as fast. From about eight rows
-    # on, a CPU without bfloat16 instructions is faster in float32, although the weights must be converted first.
-    is_half, rows = weight.dtype in (torch.bfloat16, torch.float16), x.numel() // x.size(-1)
-    if is_half and x.device.type == "cpu" and rows >= 8 and not cpu_computes_in(torch.bfloat16):
-        bias = None if bias is None else bias.float()
-        return F.linear(x.float(), weight.float(), bias).to(x.dtype)
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
     def forward(self, x, rows=None):
-        """All outputs, or those of a slice of the rows of the weight"""
-        if rows is None:
-            return linear(x, self.weight, self.bias)
-        return linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+        """All outputs, or those of a slice of the weight's rows"""
+        weight, bias = self.weight, self.bias
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        # For one input a CPU is limited by reading the weights, and half precision is twice as fast. From about eight
+        # on, a CPU without bfloat16 instructions is faster in float32, although the weights must be converted first.
+        is_half, n_inputs = weight.dtype in (torch.bfloat16, torch.float16), x.numel() // x.size(-1)
+        if is_half and x.device.type == "cpu" and n_inputs >= 8 and not cpu_computes_in(torch.bfloat16):
+            bias = None if bias is None else bias.float()
+            return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+        return F.linear(x, weight, bias)
 
 
 class Int8Linear(nn.Module):
     """
-    A Linear for generating text on a CPU, which is limited by reading weights: each is an integer of 8 bits, times a
-    scale that its row shares.
+    A Linear for generating text on a CPU, where reading the weights takes most of the time: a weight is an 8-bit
+    integer times the scale of its row.
     """
 
     def __init__(self, layer):
@@ -194,11 +192,12 @@ class Int8Linear(nn.Module):
         self.weight, self.bias = nn.Parameter(integers.to(torch.int8), requires_grad=False), layer.bias
         self.register_buffer("scales", scales)
 
-    def forward(self, x, rows=slice(None)):
+    def forward(self, x, rows=None):
         rows = slice(None) if rows is None else rows
-        inputs, scales = x.flatten(0, -2).bfloat16(), self.scales[rows].bfloat16()
-        y = torch.ops.aten._weight_int8pack_mm(inputs, self.weight[rows], scales).unflatten(0, x.shape[:-1])
-        return y.to(x.dtype) if self.bias is None else y + self.bias[rows]
+        inputs, scales = x.flatten(0, -2).bfloat16(), self.scales[rows].bfloat16()  # (N, C), (rows,)
+        y = torch.ops.aten._weight_int8pack_mm(inputs, self.weight[rows], scales)  # (N, rows)
+        y = y.unflatten(0, x.shape[:-1]).to(x.dtype)
+        return y if self.bias is None else y + self.bias[rows]
 
 
 class CausalSelfAttention(nn.Module):
@@ -395,7 +394,8 @@ class GPT(nn.Module):
         """Replaces the matrices, but not the embedding, by 8-bit integers."""
         for module in list(self.modules()):
             for name, layer in module.named_children():
-                if isinstance(layer, Linear):
+                # torch's kernel takes 16 weights of a row at a time, and reads beyond the end of others
+                if isinstance(layer, Linear) and layer.in_features % 16 == 0:
                     setattr(module, name, Int8Linear(layer))
 
     # -- sampling
@@ -606,13 +606,23 @@ def find_checkpoints(out_dir):
     return sorted(filter(checkpoint_files, paths), key=checkpoint_step)
 
 
+def part_path(path, rank, count):
+    return os.path.join(path, f"part_{rank:04d}_of_{count:04d}.pt")
+
+
 def checkpoint_files(path):
-    """The file of a checkpoint. One written in parts is a folder with a file of each process: [] until it has all"""
+    """
+    The files of a checkpoint: itself, or if it is a folder, the parts that the processes of a run wrote. [] unless it
+    is complete. A folder may hold two sets, if a run was resumed there by another number of processes.
+    """
     if not os.path.isdir(path):
         return [path] if os.path.exists(path) else []
-    names = sorted(name for name in os.listdir(path) if re.fullmatch(r"part_\d{4}_of_\d{4}\.pt", name))
-    is_complete = names and len(names) == int(names[0][-7:-3])
-    return [os.path.join(path, name) for name in names] if is_complete else []
+    for first in glob.glob(os.path.join(glob.escape(path), "part_0000_of_[0-9][0-9][0-9][0-9].pt")):
+        count = int(first[-7:-3])
+        files = [part_path(path, rank, count) for rank in range(count)]
+        if all(map(os.path.exists, files)):
+            return files
+    return []
 
 
 def checkpoint_step(path):
@@ -651,8 +661,8 @@ def load_file(path, mapped=False):
 
 def join_parts(parts, join):
     """
-    Dicts of the same keys -> one, whose tensors are join([those of all parts]). Scalars, and all that is no tensor, are
-    the same in all parts.
+    The same dict from every process -> one. Each tensor becomes join([its parts]); anything else, also a scalar tensor,
+    is taken from the first.
     """
     first = parts[0]
     if isinstance(first, dict):
@@ -671,7 +681,9 @@ def read_checkpoint(path, mapped=False):
     """
     files = checkpoint_files(path)
     if not files:
-        raise UserError(f"there is no checkpoint {path}" + ", or parts of it are missing" * os.path.isdir(path))
+        problem = f"{path} is not complete: parts of it are missing" if os.path.isdir(path) else \
+            f"there is no checkpoint {path}"
+        raise UserError(problem)
     with reading(path, "a checkpoint"):
         parts = [load_file(file, mapped or len(files) > 1) for file in files]
         ckpt = parts[0]
@@ -684,14 +696,12 @@ def read_checkpoint(path, mapped=False):
             ckpt["optimizers"] = [join_parts(o, list) for o in zip(*(part["optimizers"] for part in parts))]
         if "version" not in ckpt:
             return ckpt
-        check_types(ckpt, dict(version=0))
         if ckpt["version"] != CHECKPOINT_VERSION:
             raise UserError(f"{path} has checkpoint version {ckpt['version']}; this program reads version "
                             f"{CHECKPOINT_VERSION}")
         check_spec(ckpt["tokenizer"], ckpt.get("template"))
-        check_types(ckpt, dict(step=0, model={}, model_config={}))
-        optional = dict(run={}, train_config={})
-        check_types(ckpt, {k: like for k, like in optional.items() if k in ckpt})
+        like = dict(step=0, model={}, model_config={}, run={}, train_config={})
+        check_types({"run": {}, "train_config": {}, **ckpt}, like)  # these two may be missing
         check_types(ckpt.get("run", {}).get("last_val", {}), {})
         return ckpt
 
@@ -720,7 +730,7 @@ def count_layers(weights):
 
 
 def repeats_values(tensor):
-    """Such a tensor takes far more memory when it is copied than the file that it is from"""
+    """Whether a copy would take more memory than the tensor's storage: a file can repeat a value by a stride of 0"""
     return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
@@ -768,6 +778,8 @@ def load_checkpoint(name, device="cpu"):
     A checkpoint, a run's folder, a Hugging Face folder or name -> the model, ready for use, and the rest as a dict:
     tokenizer, and of a checkpoint step, settings, ...
     """
+    if os.path.isdir(name):
+        name = os.path.normpath(name)  # without the slash that a shell adds when it completes a name
     if os.path.isdir(os.path.join(name, "checkpoints")):
         name = newest_checkpoint(name)
     if os.path.isfile(name) or name.endswith(".pt"):
@@ -787,7 +799,7 @@ def load_checkpoint(name, device="cpu"):
 def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
     """
     What load_checkpoint takes, or None for the newest checkpoint of out_dir -> the model on its device, and the rest,
-    with a one-line description, `about`.
+    with n_parameters and a one-line description, `about`.
     """
     device = pick_device(device)
     name = name or newest_checkpoint(out_dir)
@@ -798,12 +810,13 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
         model.cfg.n_tokens = GPT2_TOKENS  # other projects do not mark their padding
     model.to(device, pick_dtype(dtype, device)).eval()
     step = f", step {known['step']:,}" if "step" in known else ""
-    size = model.param_counts()["total"] / 1e6
+    n_parameters = model.param_counts()["total"]
     if dtype == "int8":
         if device.type != "cpu":
-            raise UserError(f"dtype=int8 is for CPUs, not {device.type}")
+            raise UserError(f"dtype=int8 is for CPUs, not {device.type}; add --device=cpu")
         model.quantize()
-    return model, {**known, "about": f"{name}{step}, {size:.1f}M parameters, {device.type}"}
+    about = f"{name}{step}, {n_parameters / 1e6:.1f}M parameters, {device.type}"
+    return model, {**known, "n_parameters": n_parameters, "about": about}
 
 
 # -- Hugging Face's files
@@ -903,11 +916,9 @@ def export_config(cfg, eot, dtype):
             num_key_value_heads=cfg.n_head, final_logit_softcapping=cfg.softcap or None)
     unsupported = {"pos": cfg.pos == "rotary", "norm": cfg.norm == "rms", "qk_norm": cfg.qk_norm,
                    "embed_norm": cfg.embed_norm, "softcap": cfg.softcap > 0, "head_bias": cfg.head_bias}
-    for name, is_used in unsupported.items():
-        if is_used:
-            lacks = f"{lacking[0]}={getattr(cfg, lacking[0])}"
-            raise UserError(f"cannot export a model with {name}={getattr(cfg, name)}: Hugging Face's GPT-2 lacks it, "
-                            f"and its NanoChat lacks {lacks}")
+    if used := [name for name, is_used in unsupported.items() if is_used]:
+        raise UserError(f"cannot export a model with {used[0]}={getattr(cfg, used[0])}: Hugging Face's GPT-2 lacks it, "
+                        f"and its NanoChat lacks {lacking[0]}={getattr(cfg, lacking[0])}")
     act = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}[cfg.act]
     return dict(
         **common, architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=cfg.block_size,

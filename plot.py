@@ -63,7 +63,7 @@ def read_log(path):
 
 
 def read_header(text):
-    """-> a run's settings, and scores to compare with, as far as they are what they should be"""
+    """-> a run's settings, and scores to compare with, as far as they are valid"""
     try:
         header = json.loads(text)
         config = header["config"]
@@ -83,7 +83,7 @@ def smooth(values, span):
     """Exponential moving average over about `span` values, unbiased at the beginning"""
     smoothed, mean, weight, decay = [], 0.0, 0.0, 1 - 1 / max(1.0, span)
     for value in values:
-        if value == value:  # not NaN
+        if math.isfinite(value):
             mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
         smoothed.append(mean / weight if weight else value)
     return smoothed
@@ -137,7 +137,7 @@ def draw_losses(ax, streams, to_x, color, prefix):
                 label=f"{prefix}validation, {val_y[-1]:.3f} at the end")
     for x, y in zip(*series(streams["test"], to_x)):
         ax.plot(x, y, color=color, marker="*", markersize=11, linestyle="", label=f"{prefix}test, {y:.3f}")
-    return [y for y in train_y + val_y if y == y]
+    return [y for y in train_y + val_y if math.isfinite(y)]
 
 
 def draw_typical(ax, logs, kind):
@@ -158,18 +158,18 @@ def zoom_in(ax, losses):
         ax.set_ylim(low - 0.06 * (high - low), high + 0.15 * (high - low))
 
 
-def read_logs(paths, x):
-    """-> the logs, and for each what turns its steps into x"""
+def read_logs(paths, kind):
+    """-> the logs, and for each what turns its steps into tokens, hours, ..."""
     logs = [read_log(path) for path in paths]
-    axis_of = [horizontal(x, *log) for log in logs]
-    for path, to_x in zip(paths, axis_of):
+    to_xs = [horizontal(kind, *log) for log in logs]
+    for path, to_x in zip(paths, to_xs):
         if not to_x:
-            fail(f"{path} does not say how many {x} a step has; plot by steps")
-    return logs, axis_of
+            fail(f"{path} does not say how many {kind} a step has; plot by steps")
+    return logs, to_xs
 
 
 def print_chart(paths, kind="step"):
-    """The losses as text: a letter for each run, smoothed training losses or, without these, validation's"""
+    """The losses as text, a letter for each run: smoothed training losses or, if there are none, validation losses"""
     width, height = max(40, shutil.get_terminal_size().columns - 10), 20
     curves = []
     for (streams, _), to_x in zip(*read_logs(paths, kind)):
@@ -193,20 +193,20 @@ def print_chart(paths, kind="step"):
         print(f"{letter}: {name}" + (f", {curve[-1][1]:.3f} at the end" if curve else ", nothing logged yet"))
 
 
-def plot(paths, out, x="step", dark=False):
+def plot(paths, out, kind="step", dark=False):
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
-    logs, axis_of = read_logs(paths, x)
+    logs, to_xs = read_logs(paths, kind)
     has_hella = any(streams["hella"] for streams, _ in logs)
 
-    matplotlib.rcParams.update({**STYLE, **(DARK if dark else {})})
+    matplotlib.rcParams.update({**STYLE, **DARK} if dark else STYLE)
     fig = Figure(figsize=(11, 6.2), layout="constrained")
     above = "loss loss loss loss hella hella" if has_hella else "loss loss loss loss loss loss"
     axes = fig.subplot_mosaic([above.split(), "lr lr lr speed speed speed".split()], height_ratios=[3, 1])
     loss, hella, lr, speed = map(axes.get, ("loss", "hella", "lr", "speed"))
     losses = []
-    for i, ((streams, header), name, to_x) in enumerate(zip(logs, short_names(paths), axis_of)):
+    for i, ((streams, header), name, to_x) in enumerate(zip(logs, short_names(paths), to_xs)):
         color, prefix = COLORS[i % len(COLORS)], f"{name}: " if len(logs) > 1 else ""
         losses += draw_losses(loss, streams, to_x, color, prefix)
         lr.plot(*series(streams["train"], to_x, "lr"), color=color)
@@ -222,7 +222,7 @@ def plot(paths, out, x="step", dark=False):
         hella.set(title="HellaSwag accuracy")
         hella.legend(loc="lower right")
     if losses:
-        draw_typical(loss, logs, x)
+        draw_typical(loss, logs, kind)
         zoom_in(loss, losses)
         loss.legend()
     else:
@@ -232,9 +232,9 @@ def plot(paths, out, x="step", dark=False):
     speed.set(title="tokens per second")
     speed.set_ylim(bottom=0)
     for ax in fig.axes:
-        ax.set_xlabel(x)
+        ax.set_xlabel(kind)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        if x in ("tokens", "FLOPs"):
+        if kind in ("tokens", "FLOPs"):
             ax.xaxis.set_major_formatter(EngFormatter())
     for ax in (lr, speed):
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 5))

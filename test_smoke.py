@@ -393,6 +393,16 @@ def test_int8_layers_multiply_by_integers_times_a_scale_for_each_row(bias):
     torch.testing.assert_close(quantized(x, slice(5, 20)), quantized(x)[..., 5:20])
 
 
+@torch.no_grad()
+def test_int8_leaves_layers_alone_that_its_kernel_reads_beyond():
+    model = GPT(small(n_embd=20, n_head=2)).eval()
+    expected = model(torch.tensor([[1, 2, 3]]))[0]
+    model.quantize()
+    kinds = Counter(type(m).__name__ for m in model.modules() if hasattr(m, "weight"))
+    assert kinds["Int8Linear"] == model.cfg.n_layer  # of the MLP, 80 wide
+    torch.testing.assert_close(model(torch.tensor([[1, 2, 3]]))[0], expected, atol=0.05, rtol=0.05)
+
+
 def test_int8_changes_perplexity_by_less_than_half_a_percent(workspace):
     values = []
     for dtype in ("float32", "int8"):
@@ -941,6 +951,49 @@ def test_workers_together_write_the_bytes_of_one(tmp_path, monkeypatch, capsys, 
     assert digest("many") == digest("one")
 
 
+@pytest.mark.parametrize("first", ["plain", "workers"])
+def test_an_unfinished_folder_does_not_mix_a_source_with_its_workers_parts(tmp_path, monkeypatch, first):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 2000)
+    for i in range(2):
+        write_tables(tmp_path, stories(400)[200 * i:][:200])
+        os.rename("t.jsonl", f"part{i}.jsonl")
+    options = dict(source="part*.jsonl", tokenizer="byte", shard_tokens=10_000, splits="90/10", out="d")
+    saved, save = [], dataset.save_progress
+
+    def killed(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    def prepare_parts():
+        for number in range(2):
+            dataset.prepare(worker=dataset.Worker(number, 2), **options)
+
+    if first == "workers":
+        prepare_parts()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dataset, "save_progress", killed)
+        dataset.prepare(**options)
+    if first == "plain":
+        prepare_parts()
+    else:
+        [shutil.rmtree(path) for path in (tmp_path / "d").glob("worker_*")]
+    with pytest.raises(UserError, match="d was made with from_workers=.*; remove it"):
+        dataset.prepare(**options)
+
+
+def test_rows_without_text_at_the_end_of_a_table_are_nothing(tmp_path):
+    write_tables(tmp_path, ["a b c"] * 256 + [""] * 10)
+    enc = get_tokenizer("byte")
+    assert len(eval_script.read_tokens(str(tmp_path / "t.parquet"), enc, "train")) == 6 * 256
+    write_tables(tmp_path, [""] * 10)
+    with pytest.raises(UserError, match="t.parquet holds no text"):
+        dataset.prepare(str(tmp_path / "t.parquet"), "byte", out=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
 def test_sources_are_read_one_after_the_other_and_each_is_divided(tmp_path):
     paths = [write_text(tmp_path / f"{name}.txt", [f"{name}{i}" for i in range(120)]) for name in "ab"]
     folder = prepare(tmp_path, ",".join(paths), "byte", splits="98/1/1")
@@ -1217,7 +1270,7 @@ def test_what_the_hub_does_not_have_is_said_and_leaves_nothing(from_hub):
 
 def test_a_preparation_from_the_hub_that_is_killed_continues(hub, tmp_path):
     options = ["--source=toygpt", "--tokenizer=byte", "--shard_tokens=5000"]
-    code = "import dataset, sys; dataset.start_script(); dataset.BATCH = 1; dataset.main()"
+    code = "import dataset, sys; dataset.start_script(); dataset.main()"
     env = {**os.environ, "PYTHONPATH": HERE, **hub}
 
     def prepare(out):
@@ -2046,13 +2099,38 @@ def test_a_checkpoint_in_parts_counts_once_all_of_them_are_there(workspace, one_
     for step, part in ((15, 1), (16, 0)):  # as if killed while these were written
         os.remove(tmp_path / f"checkpoints/model_{step:06d}.pt/part_000{part}_of_0002.pt")
     (tmp_path / "checkpoints/model_000016.pt/part_0000_of_0002.pt.tmp").write_bytes(b"PK")
-    r = script(here("eval.py"), f"--ckpt={tmp_path}/checkpoints/model_000016.pt", "--prompt=x", cwd=workspace)
+    r = script(here("eval.py"), f"--ckpt={tmp_path}/checkpoints/model_000016.pt/", "--prompt=x", cwd=workspace)
     assert r.returncode == 1 and "parts of it are missing" in r.stderr
     assert "step 12," in run_ok(here("eval.py"), f"--ckpt={tmp_path}", "--prompt=x", "--max_new_tokens=2",
                                 cwd=workspace).stderr
-    torchrun(4, "--resume", "--data=data/t", f"--out_dir={tmp_path}", cwd=workspace)
+    torchrun(4, f"--resume={tmp_path}/checkpoints/model_000012.pt/", "--data=data/t", f"--out_dir={tmp_path}",
+             cwd=workspace)
     assert losses(tmp_path) == pytest.approx(losses(one_process), abs=1e-5)
     assert all(len(os.listdir(path)) == 4 for path in find_checkpoints(tmp_path) if checkpoint_step(path) > 12)
+
+
+def test_a_checkpoint_may_hold_the_parts_of_two_launches(tmp_path):
+    def write(*names):
+        for name in names:
+            (tmp_path / f"part_{name}.pt").touch()
+        return [os.path.basename(path)[5:-3] for path in model_file.checkpoint_files(str(tmp_path))]
+
+    assert write("0000_of_0002", "0000_of_0004") == []  # as many files as the first launch has processes
+    assert write("0001_of_0002") == ["0000_of_0002", "0001_of_0002"]
+    os.remove(tmp_path / "part_0000_of_0002.pt")
+    assert write("0001_of_0004", "0002_of_0004", "0003_of_0004") == [f"000{i}_of_0004" for i in range(4)]
+
+
+def test_an_old_checkpoint_stays_until_the_new_one_has_all_its_parts(tmp_path, monkeypatch, capsys):
+    set_globals(monkeypatch, out_dir=str(tmp_path), keep=1)
+    for step in (1, 2):
+        for rank in (1, 0):
+            path = model_file.part_path(train.checkpoint_path(step), rank, 2)
+            ckpt = dict(step=step, run=dict(step=step, best=dict(step=-1), skipped=0))
+            assert train.write_checkpoint(path, ckpt)
+            assert [checkpoint_step(p) for p in find_checkpoints(tmp_path)] == ([step] if rank == 0 else
+                                                                                [step - 1][:step - 1])
+    assert capsys.readouterr().out.count("saved") == 2
 
 
 def test_parts_of_two_checkpoints_are_not_one(workspace, tmp_path):
@@ -2957,6 +3035,7 @@ def test_every_row_ends_at_its_own_end_of_text():
 def test_a_text_ends_before_a_stop_string_and_shows_nothing_of_it():
     texts, pieces = recite([*b"yes, ab abc no"], [*b"abab"], [*b"ab"], stop=["abc", "zz"])
     assert texts == ["yes, ab ", "abab", "ab"] and "a" not in [p[0] for p in pieces]
+    assert recite([*b"once the end"], stop="the end")[0] == ["once "]
 
 
 def test_many_samples_of_one_seed_differ_and_repeat(workspace):
@@ -3004,7 +3083,8 @@ def servers(chat_runs, workspace):
     """eval.py --serve with a model that knows chats, and with one that does not.  -> {name: its address}"""
     addresses, processes = {}, []
     for folder in ("chat/tuned", "runs/fp32"):
-        options = ["--serve=0", "--temperature=0", "--max_new_tokens=8", "--device=cpu", "--dtype=float32"]
+        options = ["--serve=0", "--temperature=0", "--max_new_tokens=8", "--device=cpu", "--dtype=float32",
+                   "--stop", "~" * 200]  # longer than a request's may be
         processes.append(start(here("eval.py"), *options, cwd=workspace / folder, stdout=subprocess.PIPE))
     for process in processes:
         name, address = re.match(r"(\S+): a page at (\S+)/, ", process.stdout.readline()).groups()
@@ -3075,7 +3155,7 @@ BAD_REQUESTS = [
         dict(temperature=2.1), dict(temperature="hot"), dict(temperature=math.nan), dict(temperature=math.inf),
         dict(top_p=-0.1), dict(top_p=0), dict(top_p=1.1), dict(top_p=[]), dict(top_k=-1), dict(top_k=0.5),
         dict(seed=-1), dict(seed=2**64), dict(seed="a"), dict(n=2), dict(n="x"), dict(stop=""), dict(stop=["a", ""]),
-        dict(stop=[1]), dict(stop=7), dict(stop={"a": 1}), dict(stop="x" * 101), dict(stop=["x"] * 17),
+        dict(stream=2), dict(stop=[1]), dict(stop=7), dict(stop={"a": 1}), dict(stop="x" * 101), dict(stop=["x"] * 17),
         dict(stream="yes"), dict(presence_penalty=1), dict(logprobs=5), dict(echo=True), dict(suffix="!"),
         dict(best_of=3), dict(tools=[{}]))],
     *[("chat/completions", {**ASK, "messages": messages}) for messages in (
@@ -3421,6 +3501,17 @@ def test_plot_prints_a_chart_of_several_runs(tmp_path, monkeypatch, capsys):
     assert rows[0] == "   5.000 " + "a" * 51 and rows[-1] == "   4.000 " + "b" * 26
     assert all(re.fullmatch(r" +4\.\d{3} ", row) for row in rows[1:-1]) and axis.split() == ["0", "51,200", "tokens"]
     assert first.endswith("a, 5.000 at the end") and second.endswith("b, 4.000 at the end")
+
+
+def test_infinite_losses_do_not_hide_the_rest_of_a_run(tmp_path, capsys):
+    losses = [5 - i / 100 for i in range(100)]
+    losses[10], losses[20] = math.inf, -math.inf
+    log = write_log(tmp_path / "a.txt", losses)
+    plot.print_chart([log])
+    end = float(re.search(r"([\d.]+) at the end", capsys.readouterr().out)[1])
+    assert end == pytest.approx(4.01, abs=0.05)
+    plot.plot([log], str(tmp_path / "a.png"))
+    assert is_picture(tmp_path / "a.png")
 
 
 TINY = dict(recipe="tiny", data="input.txt")
@@ -4376,7 +4467,7 @@ MISTAKES = {
     "a worker too many": (["dataset.py", "--worker=16/16"], "16/16 must be one of 0/16, 1/16, ..., 15/16"),
     "a worker for a text file": ([*TXT, "--worker=0/2"], "--worker divides .jsonl, .parquet and Hugging Face data"),
     "too many workers": (["dataset.py", "--source=pairs.jsonl", "--column=response", "--worker=0/2"],
-                         "has 1 file or row groups: too few for 2 workers"),
+                         "pairs.jsonl has files or row groups: 1, too few for 2 workers"),
     "a worker with a tokenizer to train": ([*TXT[:1], "--worker=0/2", "--tokenizer=bpe:300"],
                                            "--worker needs a tokenizer that exists"),
     "a worker with a limit": (["dataset.py", "--worker=0/2", "--max_bytes=100"], "cannot know where max_bytes"),
@@ -4393,11 +4484,14 @@ MISTAKES = {
     "a tokenizer for a server": ([*SYNTH, "--tokenizer=byte"], "--tokenizer does not apply to --source=synth"),
     "prompts without a server": (SYNTH[:-1], "--source=synth needs --endpoint"),
     "an address that is none": ([*SYNTH, "--endpoint=localhost:1"], "--endpoint must look like http://localhost"),
+    "an address with too large a port": ([*SYNTH[:-1], "--endpoint=http://localhost:99999/v1", "--out=x.jsonl"],
+                                         "--endpoint: http://localhost:99999/v1/chat/completions is not an address"),
     "a key in the address": ([*SYNTH, "--endpoint=http://me:secret@localhost/v1"], "a key goes into OPENAI_API_KEY"),
     "prompts that are not there": ([*SYNTH, "--prompts=no.txt"], "cannot read no.txt"),
     "answers into a folder": ([*SYNTH, "--out=data/answers"], "--out=data/answers must be a file of pairs, .jsonl"),
     "a request that is no JSON": ([*SYNTH, "--request=hot"], "--request=hot must be a JSON object"),
     "answers onto something else": ([*SYNTH, "--out=pairs.jsonl"], "pairs.jsonl, line 1, was not written by"),
+    "answers to a prompt that is a list": ([*SYNTH, "--out=odd.jsonl"], "odd.jsonl, line 1, was not written by"),
     "an empty file": ([*D, "--source=empty.txt"], "empty.txt is empty"),
     "a binary file as text": ([*D, "--source=binary.txt", *NEW], "binary.txt is not UTF-8 text"),
     "a blank text": ([*D, "--source=blank.txt", "--tokenizer=byte"], "holds no text"),
@@ -4419,6 +4513,7 @@ MISTAKES = {
     "a folder in another tokenizer": ([*E, "--perplexity=data/bpe"], "data/bpe is in tokenizer bpe:300, which is not"),
     "a text that is not there": ([*E, "--perplexity=no.txt"], "there is no source 'no.txt'"),
     "a stride beyond the context": ([*E, "--perplexity=t.txt", "--stride=33"], "is more than the context of 32"),
+    "parts of a whole model": ([*T, "--ckpt_shards"], "ckpt_shards needs --parallel=zero2 or zero3"),
     "a task without a comparison": ([*E, "--task=piqa"], "--task belongs to --compare"),
     "a split of nothing": ([*E, "--prompt=x", "--split=test"], "--split belongs to --perplexity"),
     "an export of integers": ([*E, "--export=x", "--dtype=int8"], "--export writes float32, bfloat16 or float16"),
@@ -4484,6 +4579,7 @@ def mistakes(workspace):
         "binary.txt": bytes(range(256)) * 9, "t.jsonl": b'{"story": "x"}\n',
         "broken.jsonl": b'{"text": "x"}\n{"text": \n',
         "bad.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n',
+        "odd.jsonl": b'{"prompt": ["a"], "response": "b", "model": "m"}\n',
         "none.jsonl": b'{"prompt": "a", "response": ""}\n', "pairs.json": b'[{"prompt": "a", "response": "b"}]'}
     for name, raw in files.items():
         (workspace / name).write_bytes(raw)

@@ -49,7 +49,7 @@ from data_loader import DataLoader, Pairs
 from dataset import UserError
 from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_SIZE, GPTConfig, autocast, build_model,
                    checkpoint_files, checkpoint_step, cpu_computes_in, find_checkpoints, load_checkpoint, make_config,
-                   open_model, pick_device, pick_dtype, read_checkpoint, use_large_pages)
+                   open_model, part_path, pick_device, pick_dtype, read_checkpoint, use_large_pages)
 
 # -- hyperparameters: each is an option of the command line
 
@@ -138,7 +138,7 @@ UNKNOWN_STEPS = 2**40
 MAX_SKIPPED = 20  # steps in a row that may be skipped
 RNG = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who keeps the random state of each kind of device
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # save and exit; USR1 is Slurm's early warning
-REPEAT_SECONDS = 3  # torchrun and Slurm both pass on a signal: one that comes again within this time is the same
+REPEAT_SECONDS = 3  # torchrun and Slurm both forward a signal: a repeat within this time is the same one
 
 RECIPES = {
     "gpt2": {},
@@ -301,6 +301,8 @@ def configure(argv):
         settings.update(layer)
     if any(layer.get("max_minutes") and layer.keys() & {"max_steps", "epochs"} for layer in (file, command)):
         raise UserError("max_minutes cannot be combined with max_steps or epochs")
+    if asked.get("ckpt_shards") and settings["parallel"] == "ddp":
+        raise UserError("ckpt_shards needs --parallel=zero2 or zero3")
     if settings["max_minutes"] and settings["profile"]:
         raise UserError("profile needs max_steps or epochs, not max_minutes: it times the last steps")
     if unknown := [name for name in map(str.strip, settings["gpu"].split(",")) if name not in PEAK_TFLOPS]:
@@ -323,7 +325,7 @@ def configure(argv):
 
 def find_resume(settings):
     """The checkpoint that --resume means, or None"""
-    choice, folder = settings["resume"], settings["out_dir"]
+    choice, folder = settings["resume"].rstrip("/"), settings["out_dir"]
     if not choice:
         return None
     if os.path.isdir(choice) and not choice.endswith(".pt"):
@@ -511,8 +513,9 @@ def request_stop(signum, frame):
 
 def should_stop():
     """The signal to stop for, or 0. A process whose torchrun was killed stops too."""
-    orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
-    return stop_signal or orphaned and signal.SIGHUP
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
+        return stop_signal or signal.SIGHUP
+    return stop_signal
 
 
 def start_processes(device):
@@ -778,13 +781,11 @@ def orthogonalize_together(x):
     if not dist.is_initialized():
         return orthogonalize(x)
     n = math.ceil(len(x) / dist.get_world_size())
-    part = x.new_zeros(n, *x.shape[1:])
-    mine = x[dist.get_rank() * n:][:n]
-    if len(mine):  # the last processes may have less to do, or nothing
-        part[:len(mine)] = orthogonalize(mine)
-    whole = x.new_empty(dist.get_world_size() * n, *x.shape[1:])
-    dist.all_gather_into_tensor(whole, part)
-    return whole[:len(x)]
+    padded = x.new_zeros(dist.get_world_size() * n, *x.shape[1:])
+    padded[:len(x)] = x
+    parts = list(padded.split(n))
+    dist.all_gather(parts, orthogonalize(parts[dist.get_rank()]).contiguous())  # zeros stay zeros
+    return padded[:len(x)]
 
 
 # -- sharding: ZeRO-2 and ZeRO-3 (Rajbhandari et al., 2019) by torch's fully_shard
@@ -893,8 +894,8 @@ def autocast_bytes(model, amp_dtype):
 def try_step(model, teacher_model, device, amp_dtype, B, shares):
     """
     The forward and backward pass of a step, with room for AdamW's two moments, for an earlier micro-batch's gradients,
-    and for what DDP and NCCL take. A validation needs less; its code is compiled here, too. The model is not yet
-    sharded: if it will be, its weights and gradients here make up for much of what it will take besides its shares.
+    and for what DDP and NCCL take. A validation needs less; its code is compiled here, too. A model that
+    will be sharded is still whole here: its weights and gradients stand for the blocks that are gathered in training.
     """
     floats = 3 if shares == 1 else max(0, 4 / shares - 1)  # per parameter, besides the two that are here
     room = [torch.empty(int(floats * p.numel()), device=device) for p in model.parameters()]
@@ -905,7 +906,6 @@ def try_step(model, teacher_model, device, amp_dtype, B, shares):
         loss_fn(model, teacher_model, *batch).backward()
         if val_interval and shares == 1:
             hellaswag.sum_losses(model, [batch])
-    del room
 
 
 def out_of_memory_advice(B):
@@ -1011,7 +1011,7 @@ class Saver:
         self.previous_best = None
 
     def save(self, run, constants, model, optimizers, scaler, loader):
-        """Collects the whole run from all processes, and begins to write it into one file"""
+        """Copies the state of the whole run to the CPU, and starts writing it: one file, or this process's part"""
         check_finite(run, model, self.device)
         self.finish(run)
         self.previous_best = run["best"]
@@ -1023,17 +1023,14 @@ class Saver:
             dist.all_gather_object(rng, states)
         path, collect, is_writing = checkpoint_path(run["step"]), gathered, self.rank == 0
         if ckpt_shards and parallel != "ddp" and self.count > 1:
-            path = os.path.join(path, f"part_{self.rank:04d}_of_{self.count:04d}.pt")
-            collect, is_writing = own_part, True
-        weights = model.state_dict()
-        if model.cfg.tie_head:
-            del weights["lm_head.weight"]
+            path, collect, is_writing = part_path(path, self.rank, self.count), own_part, True
+        weights = {name: p.detach() for name, p in model.named_parameters()}  # lists a tied head once, as wte
         weights = copy_to_host(weights, collect, is_writing)
         moments = [copy_to_host(o.state_dict(), collect, is_writing) for o in optimizers]
         if is_writing:
             if model.cfg.tie_head:
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
-            self.writing = self.pool.submit(write_checkpoint, path, self.rank == 0, dict(
+            self.writing = self.pool.submit(write_checkpoint, path, dict(
                 constants, step=run["step"], run=copy.deepcopy(run), model=weights, optimizers=moments, rng=rng,
                 scaler=scaler.state_dict(), loader=loader.state_dict()))
 
@@ -1049,8 +1046,8 @@ class Saver:
 
 def copy_to_host(tree, collect, keep_result=True):
     """
-    A state dict copied to the CPU, of each tensor what collect(tensor) makes of it: the whole, for which all processes
-    call this, or their own part. Not all keep the result.
+    A state dict, copied to the CPU. collect(tensor) is `gathered`, which all processes must call, or `own_part`.
+    Without keep_result a process only takes part in gathering.
     """
     if isinstance(tree, dict):
         return {k: copy_to_host(v, collect, keep_result) for k, v in tree.items()}
@@ -1060,9 +1057,9 @@ def copy_to_host(tree, collect, keep_result=True):
     return tree.to("cpu", copy=True) if keep_result else None
 
 
-def write_checkpoint(path, is_main, ckpt):
-    """-> whether that worked. The first process removes old ones: the newest `keep` stay, and the best."""
-    run = ckpt["run"]
+def write_checkpoint(path, ckpt):
+    """-> whether that worked. Then removes old checkpoints: the newest `keep` stay, and the best."""
+    run, whole = ckpt["run"], checkpoint_path(ckpt["step"])
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         dataset.write_atomically(path, lambda f: torch.save(ckpt, f))
@@ -1071,26 +1068,26 @@ def write_checkpoint(path, is_main, ckpt):
         print(f"cannot write {path}: {problem}; checkpoints so far: {', '.join(find_checkpoints(out_dir)) or 'none'}",
               file=sys.stderr, flush=True)
         return False
-    for old in find_checkpoints(out_dir)[:-keep] if is_main else ():
+    if not checkpoint_files(whole):
+        return True  # until other processes have written their parts, what is old may still be needed
+    for old in find_checkpoints(out_dir)[:-keep]:
         # While steps are being skipped the weights may be bad: keep the older checkpoints.
         if checkpoint_step(old) != run["best"]["step"] and not run["skipped"]:
-            remove(old)
-    if is_main:
-        # one write: this is a thread
-        print(f"{step_label(run['step'])} | saved {checkpoint_path(run['step'])}\n", end="", flush=True)
+            remove_path(old)
+    print(f"{step_label(run['step'])} | saved {whole}\n", end="", flush=True)  # one write: this is a thread
     return True
 
 
 def remove_unfinished():
     """Removes what a kill, or a full disk, in the middle of a save has left."""
     folder = os.path.join(out_dir, "checkpoints")
-    for name in os.listdir(folder):
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():  # a lost disk must not end the run
         path = os.path.join(folder, name)
         if name.endswith(".tmp") or re.fullmatch(r"model_\d+\.pt", name) and not checkpoint_files(path):
-            remove(path)
+            remove_path(path)
 
 
-def remove(path):
+def remove_path(path):
     """Removes a checkpoint, a file or a folder, if that is possible."""
     if os.path.isdir(path):
         shutil.rmtree(path, ignore_errors=True)
@@ -1247,8 +1244,8 @@ def print_sizes(model, world_size, data_bytes):
     """What the run takes of memory, and of the disk"""
     # In float32: weights, gradients, AdamW's two moments or Muon's one.
     n, n_blocks = model.param_counts()["total"], sum(p.numel() for p in model.transformer.h.parameters())
-    kept = 4 * (4 * n - sum(p.numel() for group in muon_groups(model) for p in group["params"]))
-    checkpoint = kept - 4 * n  # all but the gradients
+    state_bytes = 4 * (4 * n - sum(p.numel() for group in muon_groups(model) for p in group["params"]))
+    checkpoint = state_bytes - 4 * n  # all but the gradients
     amp_name = "bfloat16" if dtype == "auto" else dtype
     amp_dtype = getattr(torch, amp_name)
     copies = autocast_bytes(model, amp_dtype)
@@ -1258,8 +1255,8 @@ def print_sizes(model, world_size, data_bytes):
         # evaluation and before the run, it holds all weights in float32.
         blocks = n_blocks if parallel == "zero2" else 2 * n_blocks / model.cfg.n_layer
         gathered_bytes = amp_dtype.itemsize * blocks + 4 * (n - n_blocks) + copies * (n - n_blocks) / n
-        kept, copies = kept / world_size + max(gathered_bytes, 4 * n), 0
-    print(f"memory: {(kept + copies) / 2**30:.2f} GiB per process, and "
+        state_bytes, copies = state_bytes / world_size + max(gathered_bytes, 4 * n), 0
+    print(f"memory: {(state_bytes + copies) / 2**30:.2f} GiB per process, and "
           f"{activation_bytes(model.cfg, amp_dtype) / 2**30:.2f} GiB for each sequence of a micro-batch, in {amp_name} "
           "and not compiled")
     existing = os.path.abspath(out_dir)
@@ -1545,6 +1542,10 @@ if __name__ == "__main__":
                 name: scores["hellaswag", "acc_norm by token"] for name, scores in hellaswag.PUBLISHED.items()}))
         print(f"micro-batch {B} x {sequences // B} per step; {loader.rows.summary()}; log and checkpoints in "
               f"{os.path.abspath(out_dir)}" + (f"; from step {first_step}" if first_step else ""), flush=True)
+    if ckpt_shards and sharded and not bench:
+        dist.barrier()  # until the first process has its lock there
+        if not os.path.exists(os.path.join(out_dir, ".lock")):
+            raise UserError("ckpt_shards needs an out_dir that all machines share: each writes parts of one checkpoint")
     examples = load_hellaswag(enc, is_local_main, device) if hella_interval and enc else None
     byte_lengths = torch.tensor(dataset.token_lengths(enc), device=device) if enc else None
     evaluation = dict(
@@ -1635,9 +1636,8 @@ if __name__ == "__main__":
         if log.wandb:
             log.wandb.finish()
         print_summary(run, stop, problem)
-    exit_code = 0
-    if should_stop():
-        exit_code = 128 + should_stop()
+    signum = should_stop()
+    exit_code = 128 + signum if signum else 0
     if not saved:
         exit_code = 1
     if world_size > 1:
