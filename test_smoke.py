@@ -2149,6 +2149,14 @@ def test_a_run_of_one_process_resumes_sharded(workspace, one_process, tmp_path, 
     assert losses(tmp_path) == pytest.approx(losses(one_process)[6:], abs=1e-5)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "zero3"])
+def test_gradients_averaged_in_bfloat16_change_losses_a_little(workspace, one_process, tmp_path, parallel):
+    options = [f"--parallel={parallel}", "--reduce_dtype=bfloat16", f"--out_dir={tmp_path}"]
+    torchrun(2, *NO_DROPOUT, *options, cwd=workspace)
+    assert losses(tmp_path) == pytest.approx(losses(one_process), abs=0.02)
+    assert losses(tmp_path) != pytest.approx(losses(one_process), abs=1e-5)
+
+
 @pytest.mark.parametrize("n, parallel", [(2, "zero2"), (3, "zero3")])
 def test_each_process_keeps_its_share_of_weights_gradients_and_moments(tmp_path, n, parallel):
     (tmp_path / "shares.py").write_text(f"""
