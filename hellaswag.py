@@ -334,8 +334,7 @@ def add_model_options(p):
     p.add_argument("--out_dir", default=".", help="a run's folder (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: %(default)s)")
     p.add_argument("--dtype", default="auto", type=dtype_name, choices=("auto", *DTYPES, "int8"),
-                   help="float32, bfloat16, float16, or int8: on a CPU, twice as fast at generating text (default: "
-                   "%(default)s)")
+                   help="float32, bfloat16, float16, or int8, to generate text faster on a CPU (default: %(default)s)")
 
 
 def add_task_options(p):
