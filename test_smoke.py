@@ -3693,19 +3693,32 @@ def test_cudnns_attention_is_kept_to_training_without_masks(workspace, observer,
         assert "cuDNN [('evaluation', False)]" in r.stdout
 
 
-def test_nodes_without_a_common_folder_each_prepare_their_data(workspace, tmp_path):
-    port = some_port()
-    options = [*FAST, f"--data={workspace}/t.txt", "--tokenizer=byte", "--max_steps=2", f"--out_dir={tmp_path}/run"]
-    processes = []
+def start_nodes(tmp_path, *options):
+    """Two machines of one process each, each in its own folder"""
+    port, processes = some_port(), []
     for node in range(2):
         (tmp_path / f"node{node}").mkdir()
         env = {**os.environ, "RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen(
-            [sys.executable, here("train.py"), *options], cwd=tmp_path / f"node{node}", env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            [sys.executable, here("train.py"), *FAST, "--max_steps=2", *options], cwd=tmp_path / f"node{node}", env=env,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return processes
+
+
+def test_nodes_without_a_common_folder_each_prepare_their_data(workspace, tmp_path):
+    options = [f"--data={workspace}/t.txt", "--tokenizer=byte", f"--out_dir={tmp_path}/run"]
+    processes = start_nodes(tmp_path, *options)
     assert [(p.communicate(timeout=120)[1], p.returncode) for p in processes] == [("", 0)] * 2
     assert len(losses(tmp_path / "run")) == 2
+
+
+def test_nodes_without_a_common_folder_cannot_write_parts_of_one_checkpoint(workspace, tmp_path):
+    options = [f"--data={workspace}/data/t", "--parallel=zero3", "--ckpt_shards", "--out_dir=run"]
+    for p in start_nodes(tmp_path, *options):
+        error = p.communicate(timeout=120)[1]
+        assert p.returncode == 1 and re.search("out_dir that all machines share|lost the others", error), error
+    assert not list(tmp_path.glob("*/run/checkpoints/*"))
 
 
 def test_a_run_in_bfloat16_logs_the_loss_that_eval_measures(workspace, tmp_path):
