@@ -2133,6 +2133,16 @@ def test_an_old_checkpoint_stays_until_the_new_one_has_all_its_parts(tmp_path, m
     assert capsys.readouterr().out.count("saved") == 2
 
 
+def test_parts_of_a_moment_that_do_not_fit_take_no_memory(workspace, tmp_path):
+    path = tmp_path / "model_000030.pt"
+    ckpt = torch.load(workspace / "runs/fp32/checkpoints/model_000030.pt")
+    ckpt["optimizers"][0]["state"][0]["exp_avg"] = [torch.zeros(1).expand(2**38)]  # a terabyte
+    torch.save(ckpt, path)
+    r = script(here("train.py"), f"--resume={path}", "--data=data/t", "--max_steps=40", f"--out_dir={tmp_path}/run",
+               cwd=workspace)
+    assert r.returncode == 1 and "is not a checkpoint of train.py, or is damaged (ValueError)" in r.stderr, r.stderr
+
+
 def test_parts_of_two_checkpoints_are_not_one(workspace, tmp_path):
     ckpt = read_checkpoint(str(workspace / "runs/fp32/checkpoints/model_000030.pt"))
     folder = tmp_path / "model_000030.pt"

@@ -1117,6 +1117,8 @@ def restore(ckpt, optimizers, scaler, loader, device, rank):
             for i, moments in state["state"].items():
                 for name, value in moments.items():
                     if isinstance(value, list):  # of its parts, each in a file
+                        if (sum(map(len, value)), *value[0].shape[1:]) != params[i].shape:  # before memory is taken
+                            raise ValueError(f"{name} of parameter {i}")
                         value = torch.cat(value)
                     if value.shape not in (params[i].shape, ()) or not value.isfinite().all():
                         raise ValueError(f"{name} of parameter {i}")
