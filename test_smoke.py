@@ -2394,7 +2394,7 @@ def test_a_run_that_diverges_ends_and_leaves_a_good_checkpoint(workspace, tmp_pa
     assert good.endswith("000002.pt") and all(w.abs().max() < 100 for w in read_checkpoint(good)["model"].values())
 
 
-def test_a_hint_is_printed_unless_the_processes_have_met(monkeypatch):
+def test_a_hint_is_printed_unless_the_processes_exchange_data(monkeypatch):
     events = []
 
     class Timer:
@@ -2408,10 +2408,32 @@ def test_a_hint_is_printed_unless_the_processes_have_met(monkeypatch):
             events.append("cancel")
 
     monkeypatch.setattr(train.threading, "Timer", Timer)
+    monkeypatch.setattr(train, "wait_for_processes", lambda *args: (None, ["here"]))
     monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: events.append("init"))
-    monkeypatch.setattr(train.dist, "all_reduce", lambda t: events.append("met"))
-    train.start_processes(torch.device("cpu"))
-    assert events == ["start", "init", "met", "cancel"]
+    monkeypatch.setattr(train.dist, "all_reduce", lambda t: events.append("exchanged"))
+    assert train.start_processes(torch.device("cpu"), 0, 1) == ["here"]
+    assert events == ["start", "init", "exchanged", "cancel"]
+
+
+def test_a_process_that_does_not_start_is_named_first_in_a_notice_then_in_an_error(tmp_path):
+    code = f"""
+import os, sys
+sys.path.insert(0, {HERE!r})
+import dataset, torch, train
+dataset.start_script()
+train.NOTICE_SECONDS, train.START_SECONDS = 1, 3
+train.start_processes(torch.device("cpu"), int(os.environ["RANK"]), 4)
+"""
+    port = some_port()
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+        for rank in "02"]
+    missing = f"seconds: rank 1, 3 of 4; started: 2 processes on {socket.gethostname()}\n"
+    for p, notices in zip(processes, (1, 0)):
+        out, err = p.communicate(timeout=60)
+        assert p.returncode == 1 and re.sub("after [35]", "after 3", err) == f"-c: not started after 3 {missing}"
+        assert out == f"train.py: not started after 1 {missing}" * notices
 
 
 def test_the_distilled_loss_equals_a_sum_over_single_positions(monkeypatch):
@@ -2850,6 +2872,13 @@ def test_a_dry_run_counts_parameters_and_touches_nothing(tmp_path):
     r = run_ok(here("train.py"), "--dry_run", "--parallel=zero3", cwd=tmp_path, WORLD_SIZE="8")
     expected = (16 / 8 + 4) * 124_475_904 / 2**30  # shares, and all weights for evaluation
     assert f"memory: {expected:.2f} GiB per process" in r.stdout
+
+
+def test_a_dry_run_under_torchrun_names_the_machines_and_times_their_network(tmp_path):
+    r = torchrun(2, "--recipe=tiny", "--dry_run", "--device=cpu", cwd=tmp_path)
+    assert r.stdout.count("parameters: ") == 1 and os.listdir(tmp_path) == []
+    line = re.search(r"network: 2 processes on (\S+); a step's 0.00 GiB of gradients take (\S+) s\n", r.stdout)
+    assert line[1] == socket.gethostname() and 0 < float(line[2]) < 10
 
 
 GPT2_MEMORY = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, vocab_size=8192)
@@ -3871,7 +3900,7 @@ import torch, train
 from model import GPT, GPTConfig, autocast
 from torch.nn.parallel import DistributedDataParallel
 device = torch.device("{CUDA}", 0) if "{CUDA}" == "cuda" else torch.device("{CUDA}")
-train.start_processes(device)
+train.start_processes(device, 0, 1)
 batches = torch.randint(64, (2, 2, 4, 64), device=device)
 
 def gradients(prepare, checkpointed=False, dtype=torch.float32):

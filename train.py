@@ -28,11 +28,13 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -139,6 +141,8 @@ RECENT = 128  # steps that a spike is measured against
 MOMENTUM_WARMUP = 300  # steps
 UNKNOWN_STEPS = 2**40
 MAX_SKIPPED = 20  # steps in a row that may be skipped
+NOTICE_SECONDS = 60  # until processes that are missing are named
+START_SECONDS = 600  # until a run without them ends
 RNG = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who keeps the random state of each kind of device
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # save and exit; USR1 is Slurm's early warning
 REPEAT_SECONDS = 3  # torchrun and Slurm both forward a signal: a repeat within this time is the same one
@@ -521,21 +525,86 @@ def should_stop():
     return stop_signal
 
 
-def start_processes(device):
-    """Processes that cannot reach each other hang silently in their first collective: do one at once, with a hint."""
-    hint = threading.Timer(60, print, args=[
-        "train.py: after a minute some processes are still missing. On several machines, NCCL_SOCKET_IFNAME and "
+def start_processes(device, rank, world_size):
+    """
+    Connects the processes.  -> the name of each one's machine. Those that cannot exchange data hang silently in their
+    first collective: do one at once, with a hint.
+    """
+    hint = threading.Timer(NOTICE_SECONDS, print, args=[
+        "train.py: the processes cannot exchange data yet. On several machines, NCCL_SOCKET_IFNAME and "
         "GLOO_SOCKET_IFNAME name the network they share; on one, NCCL_P2P_DISABLE=1 may help."])
     hint.daemon = True
-    hint.start()
     try:
+        store, machines = wait_for_processes(rank, world_size)
+        hint.start()
         # Two hours, since a process may have to wait for data that another one prepares.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=timedelta(hours=2))
         dist.all_reduce(present := torch.zeros(1, device=device))
         present.item()  # CUDA works asynchronously: wait
     except (RuntimeError, ValueError) as e:
         raise UserError(f"the processes cannot reach each other ({str(e).splitlines()[0]}); start them with torchrun")
     hint.cancel()
+    return machines
+
+
+def wait_for_processes(rank, world_size):
+    """
+    Each process says in a common store that it has started; after a minute, those that have not are named.
+    -> the store, and the name of each one's machine
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdecimal():
+        raise ValueError("MASTER_ADDR and MASTER_PORT are not set")
+    # torchrun usually keeps the store; otherwise the first process does.
+    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(
+        address, int(port), is_master=is_host, timeout=timedelta(seconds=START_SECONDS), wait_for_workers=False,
+        multi_tenant=True)
+    store.set(f"machine/{rank}", socket.gethostname())
+    notice_at, give_up_at = NOTICE_SECONDS, START_SECONDS + (2 if is_host else 0)  # the host last: others ask it
+    missing, began = list(range(world_size)), time.monotonic()
+    while missing := [r for r in missing if not store.check([f"machine/{r}"])]:
+        waited = time.monotonic() - began
+        if waited > min(notice_at, give_up_at):
+            here = [store.get(f"machine/{r}").decode() for r in range(world_size) if r not in missing]
+            text = (f"not started after {waited:.0f} seconds: rank {', '.join(map(str, missing))} of {world_size}; "
+                    f"started: {count_machines(here)}")
+            if waited > give_up_at:
+                raise UserError(text)
+            if os.environ["LOCAL_RANK"] == "0":
+                print(f"train.py: {text}", flush=True)
+            notice_at = math.inf
+        time.sleep(0.02)
+    return store, [store.get(f"machine/{r}").decode() for r in range(world_size)]
+
+
+def count_machines(names):
+    """["node1", "node1", "node2"] -> 2 processes on node1, 1 process on node2"""
+    counts = Counter(names).items()
+    return ", ".join(f"{n} process{'es' if n > 1 else ''} on {name}" for name, n in counts)
+
+
+def end_process(exit_code):
+    if dist.is_initialized():
+        dist.barrier()  # wait for the process that saves
+        dist.destroy_process_group()
+        # Not sys.exit: a thread of the process group that still runs then can abort the process (1 in 30 with gloo).
+        sys.stdout.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
+def test_network(device, rank, world_size):
+    """--dry_run under torchrun.  -> the machines, as text, and the seconds per byte that all processes sum up"""
+    machines = start_processes(device, rank, world_size)
+    numbers, times = torch.zeros(2**24, device=device), []
+    for _ in range(4):
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        numbers[0].item()  # wait
+        times.append(time.perf_counter() - began)
+    return count_machines(machines), statistics.median(times[1:]) / numbers.nbytes  # the first opens connections
 
 
 def report_error(kind, error, trace):
@@ -1226,8 +1295,8 @@ def describe(model, world_size, sequences, n_rows, device_name):
     print(f"device: {device_name}", flush=True)
 
 
-def print_plan(world_size, sequences, model, spec):
-    """--dry_run: describes the run and its cost, without a device, and without creating a model or preparing data."""
+def print_plan(world_size, sequences, model, spec, network=None):
+    """--dry_run: describes the run and its cost, without creating a model or preparing data."""
     global max_steps
     folder = data if os.path.isdir(data) else text_folder(spec)
     source = dataset.SOURCES.get(os.path.basename(data), {})
@@ -1241,6 +1310,11 @@ def print_plan(world_size, sequences, model, spec):
     with torch.device("meta"):
         model = model or new_model(manifest["vocab_size"] if manifest else vocabulary_of(spec))
     describe(model, world_size, sequences, n_rows, "none (dry run)")
+    if network:
+        machines, seconds_per_byte = network
+        gradients = model.param_counts()["total"] * getattr(torch, reduce_dtype).itemsize  # bytes
+        print(f"network: {machines}; a step's {gradients / 2**30:.2f} GiB of gradients take "
+              f"{gradients * seconds_per_byte:.2g} s")
     print_sizes(model, world_size, 2 * n_rows * (stride or block_size))
     for name in map(str.strip, gpu.split(",")) if max_steps else ():
         flops = model.flops_per_token() * max_steps * total_batch_size
@@ -1472,11 +1546,14 @@ if __name__ == "__main__":
         sys.exit()
     sequences = divide_batch(world_size)  # of each process, per step
     if dry_run:
-        print_plan(world_size, sequences, raw_model, spec)
-        sys.exit()
+        in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and world_size > 1
+        network = test_network(pick_device(device, local_rank), rank, world_size) if in_torchrun else None
+        if is_main:
+            print_plan(world_size, sequences, raw_model, spec, network)
+        end_process(0)
     device = pick_device(device, local_rank)  # a torch.device from here on
     if world_size > 1:
-        start_processes(device)
+        start_processes(device, rank, world_size)
     teacher_model, teacher_spec = open_teacher(device) if teacher else (None, None)
     torch.manual_seed(seed)  # here, since loading models above consumed random numbers
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -1655,10 +1732,4 @@ if __name__ == "__main__":
     exit_code = 128 + signum if signum else 0
     if not saved:
         exit_code = 1
-    if world_size > 1:
-        dist.barrier()  # wait for the process that saves
-        dist.destroy_process_group()
-        # Not sys.exit: a thread of the process group that still runs then can abort the process (1 in 30 with gloo).
-        sys.stdout.flush()
-        os._exit(exit_code)
-    sys.exit(exit_code)
+    end_process(exit_code)
