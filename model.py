@@ -412,13 +412,20 @@ class GPT(nn.Module):
         cache, new = KVCache(self, len(prompts)), []
         self.eval()
         try:
+            graph = None
+            # On CUDA, launching hundreds of small kernels takes longer than they do: launch them as one graph. Not in
+            # the middle of a training, where other threads may use the device and spoil the recording.
+            if device.type == "cuda" and not was_training:
+                step = functools.partial(self.decode_rows, cache=cache, end=T)
+                example = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
+                graph = torch.cuda.make_graphed_callables(step, (example, example[:, 0].clone()))
             x = self.prefill(prompts, cache)
             while True:
                 logits = self.logits(x)[:, :self.cfg.n_tokens]
                 new.append(sample(logits, temperature, top_k, top_p, generator))
                 yield new[-1]
                 if max(cache.lengths) < T:
-                    x = self.decode_step(new[-1], cache)
+                    x = self.decode_step(new[-1], cache, graph)
                 else:
                     # A row has n + 1 tokens: n in the cache, and the newest. A full row keeps its newer half.
                     keep = [n + 1 if n < T else max(1, n // 2) for n in cache.lengths]
@@ -432,24 +439,33 @@ class GPT(nn.Module):
         """Fills the cache with rows of tokens in one pass.  -> the hidden state at the end of each, (B, C)"""
         cache.lengths = [len(row) for row in rows]
         idx = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # nothing attends to padding that comes after it
-        cache.write_at = slice(idx.size(1))
+        cache.write_at, cache.end = slice(idx.size(1)), idx.size(1)
         x = self.hidden(idx, cache=cache)  # (B, T, C)
         if not x.isfinite().all():
             raise UserError("the model's output is not finite: its training has diverged, or its weights are damaged")
         return x[torch.arange(len(rows), device=x.device), torch.tensor(cache.lengths, device=x.device) - 1]
 
-    def decode_step(self, token, cache):
-        """One more token per row, (B, 1).  -> the hidden state there, (B, C)"""
-        longest, device, mask = max(cache.lengths), token.device, None
-        if min(cache.lengths) == longest:
-            cache.write_at = positions = slice(longest, longest + 1)
+    def decode_step(self, token, cache, graph=None):
+        """One more token per row, (B, 1).  -> the hidden state there, (B, C). `graph` is decode_rows, recorded"""
+        longest, lengths = max(cache.lengths), torch.tensor(cache.lengths, device=token.device)
+        if graph:
+            x = graph(token, lengths)
+        elif min(cache.lengths) < longest:
+            x = self.decode_rows(token, lengths, cache, longest + 1)
         else:
-            cache.write_at = torch.tensor(cache.lengths, device=device)
-            positions = cache.write_at[:, None]  # (B, 1)
-            mask = (torch.arange(longest + 1, device=device) <= positions)[:, None, None]  # (B, 1, 1, S)
-        x = self.hidden(token, positions, mask, cache)
+            cache.write_at, cache.end = slice(longest, longest + 1), longest + 1
+            x = self.hidden(token, cache.write_at, None, cache)[:, -1]
         cache.lengths = [n + 1 for n in cache.lengths]
-        return x[:, -1]
+        return x
+
+    def decode_rows(self, token, lengths, cache, end):
+        """
+        decode_step for rows of different lengths, (B,): attention reads the cache up to `end`, masked. Nothing else
+        depends on the lengths, so that with one `end` the step is the same sequence of kernels for all.
+        """
+        cache.write_at, cache.end, positions = lengths, end, lengths[:, None]  # (B, 1)
+        mask = (torch.arange(end, device=token.device) <= positions)[:, None, None]  # (B, 1, 1, end)
+        return self.hidden(token, positions, mask, cache)[:, -1]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """idx (B, T) -> (B, T + max_new_tokens): the prompt and its continuation"""
@@ -495,19 +511,19 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=weight.device)
         self.v = torch.zeros_like(self.k)
         self.lengths = [0] * B
-        # Where the next keys and values go, set before each pass: a slice of positions, or one position per row.
-        self.write_at = None
+        # Set before each pass: where the next keys and values go, a slice of positions or one position per row, and up
+        # to where attention reads.
+        self.write_at, self.end = None, 0
 
     def add(self, layer, k, v):
-        """Stores k and v, (B, nh, T, hs).  -> all keys and values of the layer so far, (B, nh, S, hs)"""
+        """Stores k and v, (B, nh, T, hs).  -> the keys and values of the layer that attention reads, (B, nh, S, hs)"""
         k, v = k.to(self.k.dtype), v.to(self.v.dtype)
         if isinstance(self.write_at, slice):
-            end = self.write_at.stop
             self.k[layer, :, :, self.write_at], self.v[layer, :, :, self.write_at] = k, v
         else:
-            end, rows = max(self.lengths) + 1, torch.arange(len(self.lengths), device=k.device)
+            rows = torch.arange(len(self.lengths), device=k.device)
             self.k[layer, rows, :, self.write_at], self.v[layer, rows, :, self.write_at] = k[:, :, 0], v[:, :, 0]
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        return self.k[layer, :, :, :self.end], self.v[layer, :, :, :self.end]
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

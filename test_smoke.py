@@ -38,6 +38,7 @@ import numpy as np
 import pytest
 import requests
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -366,6 +367,21 @@ def test_rows_of_different_lengths_say_what_each_says_alone(switches):
     stream = model.stream(prompts, temperature=0)
     together = torch.cat([next(stream) for _ in range(50)], dim=1).tolist()
     assert together == [generate_without_cache(model, p, 50) for p in prompts]
+
+
+@each_kind
+@torch.no_grad()
+def test_a_step_recorded_once_as_for_cuda_says_what_each_row_says_alone(switches):
+    model = lively(**switches).eval()
+    T, prompts = model.cfg.block_size, [torch.randint(64, (n,)) for n in (1, 9, 4)]
+    cache = model_file.KVCache(model, len(prompts))
+    step = functools.partial(model.decode_rows, cache=cache, end=T)
+    recorded = make_fx(step)(torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+    x, new = model.prefill(prompts, cache), []
+    while max(cache.lengths) < T:
+        new.append(model.logits(x).argmax(-1, keepdim=True))
+        x = model.decode_step(new[-1], cache, recorded)
+    assert torch.cat(new, dim=1).tolist() == [generate_without_cache(model, p.tolist(), T - 9) for p in prompts]
 
 
 @torch.no_grad()
@@ -3858,9 +3874,11 @@ def test_documents_that_share_a_row_on_cuda_say_what_each_says_alone(switches):
 
 @needs_cuda
 @each_kind
-def test_greedy_generation_on_cuda_equals_that_without_a_cache(switches):
+@pytest.mark.parametrize("training", [False, True], ids=["as a graph", "in training"])
+def test_greedy_generation_on_cuda_equals_that_without_a_cache(switches, training):
     torch.set_float32_matmul_precision("highest")
     model, prompts = lively(**switches).to(CUDA), [torch.randint(64, (n,)).tolist() for n in (1, 9, 16)]
+    model.train(training)
     stream = model.stream(prompts, temperature=0)
     together = torch.cat([next(stream) for _ in range(40)], dim=1).tolist()
     assert together == [generate_without_cache(model, prompt, 40) for prompt in prompts]
