@@ -1310,6 +1310,9 @@ def print_plan(world_size, sequences, model, spec, network=None):
     with torch.device("meta"):
         model = model or new_model(manifest["vocab_size"] if manifest else vocabulary_of(spec))
     describe(model, world_size, sequences, n_rows, "none (dry run)")
+    n = model.cfg.n_tokens
+    if not init_from:
+        print(f"loss before training: about ln({n:,}) = {math.log(n):.2f} nats per token, as of a uniform guess")
     if network:
         machines, seconds_per_byte = network
         gradients = model.param_counts()["total"] * getattr(torch, reduce_dtype).itemsize  # bytes
