@@ -906,6 +906,10 @@ def split_shares(splits):
     return (*shares, 0)[:3]
 
 
+def default_splits(tokens, shard_tokens=SHARD_TOKENS):
+    return "99/1" if tokens > 20 * shard_tokens else "90/10"
+
+
 def split_of(i, shares, n_pieces=0):
     """
     The split of document i of a source, or of piece i if long documents are read in pieces. Swapping the last two
@@ -1012,7 +1016,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     tokens = sum(s.tokens for s in sources)
     if max_bytes:
         tokens = min(tokens or math.inf, max_bytes / 4)  # about 4 bytes per token
-    splits = splits or row.get("splits") or ("99/1" if tokens > 20 * shard_tokens else "90/10")
+    splits = splits or row.get("splits") or default_splits(tokens, shard_tokens)
     split_shares(splits)  # an error now rather than later
     if shard_tokens >= 2**31:
         raise UserError(f"--shard_tokens={shard_tokens} is too large: a shard's header counts tokens as int32")

@@ -130,15 +130,15 @@ def sinusoids(T, C):
 
 
 def rotations(T, hs):
-    """The cosine and sine by which rotary positions turn the channels of a head.  -> (2, T, hs/2)"""
+    """The cosines and signed sines by which rotary positions turn the channels of a head.  -> (2, T, hs)"""
     angle = torch.arange(T)[:, None] * 10000 ** (-torch.arange(0, hs, 2) / hs)  # (T, hs/2)
-    return torch.stack((angle.cos(), angle.sin()))
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al., 2021), halves paired.  x (B, nh, T, hs), cos and sin (T, hs/2)"""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary position embedding (Su et al., 2021), halves paired.  x (B, nh, T, hs), cos and sin (T, hs)"""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 def isolate_documents(document):
@@ -357,7 +357,7 @@ class GPT(nn.Module):
         x = F.dropout(x, self.cfg.dropout, self.training).to(compute_dtype(x))
         rotary = None
         if self.cfg.pos == "rotary":
-            # (2, 1, T, hs/2), or (2, B, 1, T, hs/2) if each row has its own positions
+            # (2, 1, T, hs), or (2, B, 1, T, hs) if each row has its own positions
             rotary = self.rotary[:, positions].unsqueeze(-3)
         with contextlib.nullcontext() if self.training else sdpa_kernel(ANY_SHAPE):
             for block in self.transformer.h:

@@ -1304,7 +1304,8 @@ def print_plan(world_size, sequences, model, spec, network=None):
     if manifest:
         n_rows = len(DataLoader(folder, "train", 1, block_size, stride=stride).rows)
     elif "tokens" in source:
-        train_share = dataset.split_shares(source.get("splits", "100/0"))[0] / 100
+        splits = source.get("splits") or dataset.default_splits(source["tokens"])
+        train_share = dataset.split_shares(splits)[0] / 100
         n_rows = int(source["tokens"] * train_share) // (stride or block_size)
     max_steps = count_steps(n_rows, sequences * world_size)
     with torch.device("meta"):
