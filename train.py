@@ -130,7 +130,7 @@ ALLOWED = {
 BELOW_ONE = (0, 1 - 1e-9)
 # Allowed ranges, where they differ from the default: 0 to 2**63 - 1 for integers, 0 to infinity for floats
 LIMITS = {
-    "beta1": BELOW_ONE, "beta2": BELOW_ONE, "dropout": BELOW_ONE, "cooldown": BELOW_ONE, "distill_alpha": (0, 1),
+    "beta1": BELOW_ONE, "beta2": BELOW_ONE, "dropout": BELOW_ONE, "cooldown": (0, 1), "distill_alpha": (0, 1),
     "distill_temperature": (1e-3, 1e3), "total_batch_size": (1, 2**40), "keep": (1, 2**40), "val_tokens": (1, 2**40),
     "log_interval": (1, 2**40), **dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), (1, MAX_SIZE))}
 # Not restored from a checkpoint: options of a single launch, and paths, since the file may come from a stranger.
