@@ -412,20 +412,16 @@ class GPT(nn.Module):
         cache, new = KVCache(self, len(prompts)), []
         self.eval()
         try:
-            graph = None
-            # On CUDA, launching hundreds of small kernels takes longer than they do: launch them as one graph. Not in
-            # the middle of a training, where other threads may use the device and spoil the recording.
-            if device.type == "cuda" and not was_training:
-                step = functools.partial(self.decode_rows, cache=cache, end=T)
-                example = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
-                graph = torch.cuda.make_graphed_callables(step, (example, example[:, 0].clone()))
+            # Not in the middle of a training, whose memory a graph would take a part of, nor under autocast, which
+            # converts the weights anew in each step.
+            cache.use_graph = device.type == "cuda" and not (was_training or torch.is_autocast_enabled("cuda"))
             x = self.prefill(prompts, cache)
             while True:
                 logits = self.logits(x)[:, :self.cfg.n_tokens]
                 new.append(sample(logits, temperature, top_k, top_p, generator))
                 yield new[-1]
                 if max(cache.lengths) < T:
-                    x = self.decode_step(new[-1], cache, graph)
+                    x = self.decode_step(new[-1], cache)
                 else:
                     # A row has n + 1 tokens: n in the cache, and the newest. A full row keeps its newer half.
                     keep = [n + 1 if n < T else max(1, n // 2) for n in cache.lengths]
@@ -445,16 +441,19 @@ class GPT(nn.Module):
             raise UserError("the model's output is not finite: its training has diverged, or its weights are damaged")
         return x[torch.arange(len(rows), device=x.device), torch.tensor(cache.lengths, device=x.device) - 1]
 
-    def decode_step(self, token, cache, graph=None):
-        """One more token per row, (B, 1).  -> the hidden state there, (B, C). `graph` is decode_rows, recorded"""
-        longest, lengths = max(cache.lengths), torch.tensor(cache.lengths, device=token.device)
-        if graph:
-            x = graph(token, lengths)
-        elif min(cache.lengths) < longest:
-            x = self.decode_rows(token, lengths, cache, longest + 1)
-        else:
+    def decode_step(self, token, cache):
+        """One more token per row, (B, 1).  -> the hidden state there, (B, C)"""
+        longest = max(cache.lengths)
+        if min(cache.lengths) == longest and not cache.use_graph:
             cache.write_at, cache.end = slice(longest, longest + 1), longest + 1
             x = self.hidden(token, cache.write_at, None, cache)[:, -1]
+        else:
+            lengths = torch.tensor(cache.lengths, device=token.device)
+            if not cache.use_graph:
+                x = self.decode_rows(token, lengths, cache, longest + 1)
+            else:
+                cache.graph = cache.graph or StepGraph(self, token, lengths, cache)
+                x = cache.graph(token, lengths)
         cache.lengths = [n + 1 for n in cache.lengths]
         return x
 
@@ -511,9 +510,11 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=weight.device)
         self.v = torch.zeros_like(self.k)
         self.lengths = [0] * B
+        self.rows = torch.arange(B, device=weight.device)
         # Set before each pass: where the next keys and values go, a slice of positions or one position per row, and up
         # to where attention reads.
         self.write_at, self.end = None, 0
+        self.use_graph, self.graph = False, None  # whether a step is recorded as a CUDA graph, and that graph
 
     def add(self, layer, k, v):
         """Stores k and v, (B, nh, T, hs).  -> the keys and values of the layer that attention reads, (B, nh, S, hs)"""
@@ -521,9 +522,33 @@ class KVCache:
         if isinstance(self.write_at, slice):
             self.k[layer, :, :, self.write_at], self.v[layer, :, :, self.write_at] = k, v
         else:
-            rows = torch.arange(len(self.lengths), device=k.device)
-            self.k[layer, rows, :, self.write_at], self.v[layer, rows, :, self.write_at] = k[:, :, 0], v[:, :, 0]
+            self.k[layer, self.rows, :, self.write_at] = k[:, :, 0]
+            self.v[layer, self.rows, :, self.write_at] = v[:, :, 0]
         return self.k[layer, :, :, :self.end], self.v[layer, :, :, :self.end]
+
+
+class StepGraph:
+    """decode_rows as a CUDA graph: launching its hundreds of small kernels one by one takes longer than they do."""
+
+    def __init__(self, model, token, lengths, cache):
+        self.token, self.lengths, self.graph = token.clone(), lengths.clone(), torch.cuda.CUDAGraph()
+        arguments, stream = (self.token, self.lengths, cache, cache.k.size(3)), graph_stream(token.device)
+        stream.wait_stream(torch.cuda.current_stream(token.device))
+        with torch.cuda.stream(stream):  # a first time, to allocate what must be there before the recording
+            model.decode_rows(*arguments)
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.x = model.decode_rows(*arguments)
+
+    def __call__(self, token, lengths):
+        self.token.copy_(token)
+        self.lengths.copy_(lengths)
+        self.graph.replay()
+        return self.x
+
+
+@functools.cache
+def graph_stream(device):
+    return torch.cuda.Stream(device)  # one for all graphs: cuBLAS keeps memory for each stream
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

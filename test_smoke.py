@@ -376,11 +376,12 @@ def test_a_step_recorded_once_as_for_cuda_says_what_each_row_says_alone(switches
     T, prompts = model.cfg.block_size, [torch.randint(64, (n,)) for n in (1, 9, 4)]
     cache = model_file.KVCache(model, len(prompts))
     step = functools.partial(model.decode_rows, cache=cache, end=T)
-    recorded = make_fx(step)(torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+    cache.graph = make_fx(step)(torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+    cache.use_graph = True
     x, new = model.prefill(prompts, cache), []
     while max(cache.lengths) < T:
         new.append(model.logits(x).argmax(-1, keepdim=True))
-        x = model.decode_step(new[-1], cache, recorded)
+        x = model.decode_step(new[-1], cache)
     assert torch.cat(new, dim=1).tolist() == [generate_without_cache(model, p.tolist(), T - 9) for p in prompts]
 
 
@@ -2885,7 +2886,7 @@ def test_a_dry_run_counts_parameters_and_touches_nothing(tmp_path):
     r = run_ok(here("train.py"), "--dry_run", cwd=tmp_path)
     assert "124,475,904" in r.stdout and os.listdir(tmp_path) == []
     assert "checkpoints of 1.39 GiB" in r.stdout  # 12 bytes per parameter
-    assert "ln(50,257) = 10.82 nats" in r.stdout
+    assert "ln(50,304) = 10.83 nats" in r.stdout
     r = run_ok(here("train.py"), "--dry_run", "--parallel=zero3", cwd=tmp_path, WORLD_SIZE="8")
     expected = (16 / 8 + 4) * 124_475_904 / 2**30  # shares, and all weights for evaluation
     assert f"memory: {expected:.2f} GiB per process" in r.stdout
@@ -2894,7 +2895,7 @@ def test_a_dry_run_counts_parameters_and_touches_nothing(tmp_path):
 def test_a_dry_run_under_torchrun_names_the_machines_and_times_their_network(tmp_path):
     r = torchrun(2, "--recipe=tiny", "--dry_run", "--device=cpu", cwd=tmp_path)
     assert r.stdout.count("parameters: ") == 1 and os.listdir(tmp_path) == []
-    line = re.search(r"network: 2 processes on (\S+); a step's 0.00 GiB of gradients take (\S+) s\n", r.stdout)
+    line = re.search(r"network: 2 processes on (\S+); to exchange 0.00 GiB of gradients takes (\S+) s\n", r.stdout)
     assert line[1] == socket.gethostname() and 0 < float(line[2]) < 10
 
 

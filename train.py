@@ -1311,13 +1311,13 @@ def print_plan(world_size, sequences, model, spec, network=None):
     with torch.device("meta"):
         model = model or new_model(manifest["vocab_size"] if manifest else vocabulary_of(spec))
     describe(model, world_size, sequences, n_rows, "none (dry run)")
-    n = model.cfg.n_tokens
-    if not init_from:
+    n = model.cfg.vocab_size
+    if not (init_from or resume or teacher):
         print(f"loss before training: about ln({n:,}) = {math.log(n):.2f} nats per token, as of a uniform guess")
     if network:
         machines, seconds_per_byte = network
         gradients = model.param_counts()["total"] * getattr(torch, reduce_dtype).itemsize  # bytes
-        print(f"network: {machines}; a step's {gradients / 2**30:.2f} GiB of gradients take "
+        print(f"network: {machines}; to exchange {gradients / 2**30:.2f} GiB of gradients takes "
               f"{gradients * seconds_per_byte:.2g} s")
     print_sizes(model, world_size, 2 * n_rows * (stride or block_size))
     for name in map(str.strip, gpu.split(",")) if max_steps else ():
