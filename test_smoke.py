@@ -343,7 +343,7 @@ def generate_without_cache(model, prompt, n):
     """The whole window anew for every token; when the context is full, the last half of it"""
     window, new, size = list(prompt), [], model.cfg.block_size
     for _ in range(n):
-        idx = torch.tensor([window[-size:]])
+        idx = torch.tensor([window[-size:]], device=model.lm_head.weight.device)
         new.append(model(idx, idx)[0][0, -1].argmax().item())
         window = window[-size:] + [new[-1]]
         window = window[-(size // 2):] if len(window) > size else window
@@ -3818,7 +3818,7 @@ def loss_and_gradients(model, idx, *document, dtype=torch.float32):
     with model_file.autocast(device, dtype):
         loss = model(x, y, *(d.to(device) for d in document), with_logits=False)[1]
     loss.backward()
-    return [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())]
+    return [t.to("cpu", copy=True) for t in (loss.detach(), *(p.grad for p in model.parameters()))]
 
 
 def assert_close(a, b, tolerance):
