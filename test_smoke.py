@@ -371,18 +371,19 @@ def test_rows_of_different_lengths_say_what_each_says_alone(switches):
 
 @each_kind
 @torch.no_grad()
-def test_a_step_recorded_once_as_for_cuda_says_what_each_row_says_alone(switches):
-    model = lively(**switches).eval()
-    T, prompts = model.cfg.block_size, [torch.randint(64, (n,)) for n in (1, 9, 4)]
+@pytest.mark.parametrize("lengths", [(1,), (1, 9, 4)], ids=str)
+def test_a_step_recorded_once_as_for_cuda_says_what_each_row_says_alone(switches, lengths):
+    model, B = lively(**switches).eval(), len(lengths)
+    T, prompts = model.cfg.block_size, [torch.randint(64, (n,)) for n in lengths]
     cache = model_file.KVCache(model, len(prompts))
-    step = functools.partial(model.decode_rows, cache=cache, end=T)
-    cache.graph = make_fx(step)(torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, dtype=torch.long))
-    cache.use_graph = True
+    cache.use_graph, step = True, functools.partial(model.decode_rows, cache=cache, end=T)
+    cache.graph = make_fx(step)(torch.zeros(B, 1, dtype=torch.long), torch.zeros(B, dtype=torch.long))
     x, new = model.prefill(prompts, cache), []
     while max(cache.lengths) < T:
         new.append(model.logits(x).argmax(-1, keepdim=True))
         x = model.decode_step(new[-1], cache)
-    assert torch.cat(new, dim=1).tolist() == [generate_without_cache(model, p.tolist(), T - 9) for p in prompts]
+    expected = [generate_without_cache(model, p.tolist(), T - max(lengths)) for p in prompts]
+    assert torch.cat(new, dim=1).tolist() == expected
 
 
 @torch.no_grad()

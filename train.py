@@ -202,7 +202,7 @@ PROFILED_STEPS = 3
 WORK = {
     "communication": "nccl|gloo|all_?reduce|all_?gather|reduce_?scatter", "attention": "flash|attention|fmha|sdpa",
     "optimizer": "adam|muon|multi_tensor|foreach|vector_norm", "loss": "softmax|nll|cross_entropy|logsumexp",
-    "matmul": "mm|gemm|nvjet|cutlass|xmma", "data": "memcpy|pin_memory|_to_copy"}
+    "matmul": "mm|gemm|nvjet|cutlass|xmma", "data": "memcpy|pin_memory"}
 
 # Dense bf16 (fp16 before Ampere) TFLOP/s with fp32 sums, from the makers' data sheets
 PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
@@ -1661,7 +1661,7 @@ if __name__ == "__main__":
 
     # 5. The loop
     peak, times, stop, saver = peak_tflops(device), [], False, Saver(device)
-    profiler = torch.profiler.profile() if profile and is_main else None
+    profiler = torch.profiler.profile(acc_events=True) if profile and is_main else None
     for step in itertools.count(first_step):
         run["step"] = step
         if max_minutes:
