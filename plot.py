@@ -3,7 +3,7 @@ Draws logs.
 
     python plot.py log.txt                                  # -> log.png
     python plot.py runs/*/log.txt --out compare.png         # several runs in one picture; .pdf and .svg work too
-    python plot.py runs/*/log.txt --x hours                 # or tokens, dollars, FLOPs
+    python plot.py runs/*/log.txt --x hours                 # or tokens, minutes, dollars, FLOPs
     python plot.py log.txt --term                           # the losses in the terminal, as over ssh
 
 A log has one record a line, `step stream value key=value ...`. Its first three columns are build-nanogpt's, so that
@@ -72,7 +72,7 @@ def read_header(text):
             return {}
         references = {str(k): float(v) for k, v in header.get("references", {}).items()}
         source = str(header.get("recipe", "")), os.path.basename(str(config.get("data", "")))
-        return dict(source=source, tokens=tokens, hours=1 / 3600,
+        return dict(source=source, tokens=tokens, minutes=1 / 60, hours=1 / 3600,
                     FLOPs=tokens * float(header.get("flops_per_token", 0)),
                     dollars=float(header.get("world_size", 1)) * float(price) / 3600, references=references)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -250,7 +250,7 @@ def main():
     p.error = fail
     p.add_argument("logs", nargs="+", help="one or more log.txt")
     p.add_argument("--out", help="the picture: .png, .pdf or .svg (the log's name with .png; logs.png for several)")
-    p.add_argument("--x", choices=("step", "tokens", "hours", "dollars", "FLOPs"), default="step",
+    p.add_argument("--x", choices=("step", "tokens", "minutes", "hours", "dollars", "FLOPs"), default="step",
                    help="the horizontal axis (%(default)s)")
     p.add_argument("--dark", action="store_true", help="light on dark")
     p.add_argument("--term", action="store_true", help="print a chart of the losses instead of writing a picture")

@@ -3522,12 +3522,12 @@ def test_a_log_is_read_with_the_last_line_of_a_step_winning(tmp_path):
     streams, header = plot.read_log(str(tmp_path / "log.txt"))
     assert streams == {"train": {0: (5.0, {"lr": 1e-3}), 1: (4.5, {"lr": 3e-3})}, "val": {0: (5.5, {})},
                        "hella": {1: (0.25, {})}, "test": {}}
-    assert header == {"tokens": 8, "FLOPs": 0, "hours": 1 / 3600, "dollars": 0, "references": {},
+    assert header == {"tokens": 8, "FLOPs": 0, "minutes": 1 / 60, "hours": 1 / 3600, "dollars": 0, "references": {},
                       "source": ("", "")}
 
 
 @pytest.mark.parametrize("kind, expected", [
-    ("step", [0, 1, 2, 3]), ("tokens", [0, 8, 16, 24]), ("FLOPs", [0, 800, 1600, 2400]), ("hours", [0, 2, 4, 5]),
+    ("step", [0, 1, 2, 3]), ("tokens", [0, 8, 16, 24]), ("FLOPs", [0, 800, 1600, 2400]), ("hours", [0, 2, 4, 5]), ("minutes", [0, 120, 240, 300]),
     ("dollars", [0, 12, 24, 30])])
 def test_a_step_is_drawn_at_its_tokens_hours_or_dollars(tmp_path, kind, expected):
     header = dict(config=dict(total_batch_size=8, usd_per_gpu_hour=3.0), world_size=2, flops_per_token=100)
