@@ -2412,25 +2412,26 @@ def test_a_run_that_diverges_ends_and_leaves_a_good_checkpoint(workspace, tmp_pa
     assert good.endswith("000002.pt") and all(w.abs().max() < 100 for w in read_checkpoint(good)["model"].values())
 
 
-def test_a_hint_is_printed_unless_the_processes_exchange_data(monkeypatch):
-    events = []
+def test_a_hint_is_printed_if_processes_take_long_to_exchange_data(monkeypatch, capsys):
+    monkeypatch.setattr(train, "NOTICE_SECONDS", 0.2)
+    monkeypatch.setattr(train, "wait_for_processes", lambda *args: (train.dist.HashStore(), ["here"]))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: None)
+    for seconds, hints in ((0, 0), (1, 1)):
+        monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: time.sleep(seconds))
+        assert train.start_processes(torch.device("cpu"), 0, 1) == ["here"]
+        time.sleep(0.5)
+        assert capsys.readouterr().out.count("cannot exchange data yet. On several machines, NCCL") == hints
 
-    class Timer:
-        def __init__(self, seconds, function, args):
-            assert "NCCL_SOCKET_IFNAME" in args[0]
 
-        def start(self):
-            events.append("start")
-
-        def cancel(self):
-            events.append("cancel")
-
-    monkeypatch.setattr(train.threading, "Timer", Timer)
-    monkeypatch.setattr(train, "wait_for_processes", lambda *args: (None, ["here"]))
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: events.append("init"))
-    monkeypatch.setattr(train.dist, "all_reduce", lambda t: events.append("exchanged"))
-    assert train.start_processes(torch.device("cpu"), 0, 1) == ["here"]
-    assert events == ["start", "init", "exchanged", "cancel"]
+def test_a_hint_is_printed_while_the_first_process_cannot_be_reached(monkeypatch, capsys):
+    port = some_port()
+    for name, value in dict(MASTER_ADDR="localhost", MASTER_PORT=str(port)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, "NOTICE_SECONDS", 0.3)
+    monkeypatch.setattr(train, "START_SECONDS", 1)
+    with pytest.raises(UserError, match="the processes cannot reach each other"):
+        train.start_processes(torch.device("cpu"), 1, 2)
+    assert f"localhost:{port}, where torchrun or the first process should listen" in capsys.readouterr().out
 
 
 def test_a_process_that_does_not_start_is_named_first_in_a_notice_then_in_an_error(tmp_path):
@@ -2447,11 +2448,11 @@ train.start_processes(torch.device("cpu"), int(os.environ["RANK"]), 4)
         [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
         for rank in "02"]
-    missing = f"seconds: rank 1, 3 of 4; started: 2 processes on {socket.gethostname()}\n"
+    missing = f"seconds: rank 1, 3 of 4; ready: 2 processes on {socket.gethostname()}\n"
     for p, notices in zip(processes, (1, 0)):
         out, err = p.communicate(timeout=60)
-        assert p.returncode == 1 and re.sub("after [35]", "after 3", err) == f"-c: not started after 3 {missing}"
-        assert out == f"train.py: not started after 1 {missing}" * notices
+        assert p.returncode == 1 and re.sub("after [35]", "after 3", err) == f"-c: not ready after 3 {missing}"
+        assert out == f"train.py: not ready after 1 {missing}" * notices
 
 
 def test_the_distilled_loss_equals_a_sum_over_single_positions(monkeypatch):
@@ -3527,8 +3528,8 @@ def test_a_log_is_read_with_the_last_line_of_a_step_winning(tmp_path):
 
 
 @pytest.mark.parametrize("kind, expected", [
-    ("step", [0, 1, 2, 3]), ("tokens", [0, 8, 16, 24]), ("FLOPs", [0, 800, 1600, 2400]), ("hours", [0, 2, 4, 5]), ("minutes", [0, 120, 240, 300]),
-    ("dollars", [0, 12, 24, 30])])
+    ("step", [0, 1, 2, 3]), ("tokens", [0, 8, 16, 24]), ("FLOPs", [0, 800, 1600, 2400]), ("hours", [0, 2, 4, 5]),
+    ("minutes", [0, 120, 240, 300]), ("dollars", [0, 12, 24, 30])])
 def test_a_step_is_drawn_at_its_tokens_hours_or_dollars(tmp_path, kind, expected):
     header = dict(config=dict(total_batch_size=8, usd_per_gpu_hour=3.0), world_size=2, flops_per_token=100)
     records = "1 train 5.0 ms=7200000\n2 train 4.0 ms=3600000\n"  # two steps of two hours, one of an hour

@@ -142,7 +142,7 @@ MOMENTUM_WARMUP = 300  # steps
 UNKNOWN_STEPS = 2**40
 MAX_SKIPPED = 20  # steps in a row that may be skipped
 NOTICE_SECONDS = 60  # until processes that are missing are named
-START_SECONDS = 600  # until a run without them ends
+START_SECONDS = 1800  # until a run without them ends: one may be downloading a model
 RNG = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who keeps the random state of each kind of device
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # save and exit; USR1 is Slurm's early warning
 REPEAT_SECONDS = 3  # torchrun and Slurm both forward a signal: a repeat within this time is the same one
@@ -525,58 +525,67 @@ def should_stop():
     return stop_signal
 
 
+@contextlib.contextmanager
+def hint(text):
+    """Prints a line if what is inside takes more than a minute, as what waits for a network may do silently."""
+    timer = threading.Timer(NOTICE_SECONDS, print, args=[f"train.py: {text}"], kwargs=dict(flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def start_processes(device, rank, world_size):
-    """
-    Connects the processes.  -> the name of each one's machine. Those that cannot exchange data hang silently in their
-    first collective: do one at once, with a hint.
-    """
-    hint = threading.Timer(NOTICE_SECONDS, print, args=[
-        "train.py: the processes cannot exchange data yet. On several machines, NCCL_SOCKET_IFNAME and "
-        "GLOO_SOCKET_IFNAME name the network they share; on one, NCCL_P2P_DISABLE=1 may help."])
-    hint.daemon = True
+    """Connects the processes.  -> the name of each one's machine"""
     try:
         store, machines = wait_for_processes(rank, world_size)
-        hint.start()
-        # Two hours, since a process may have to wait for data that another one prepares.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=timedelta(hours=2))
-        dist.all_reduce(present := torch.zeros(1, device=device))
-        present.item()  # CUDA works asynchronously: wait
+        with hint("the processes cannot exchange data yet. On several machines, NCCL_SOCKET_IFNAME and "
+                  "GLOO_SOCKET_IFNAME name the network they share; on one, NCCL_P2P_DISABLE=1 may help."):
+            # Two hours, since a process may have to wait for data that another one prepares.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=world_size, timeout=timedelta(hours=2))
+            dist.all_reduce(present := torch.zeros(1, device=device))
+            present.item()  # CUDA works asynchronously: wait
+        store.delete_key(f"machine/{rank}")  # torchrun may keep the store for another start
     except (RuntimeError, ValueError) as e:
         raise UserError(f"the processes cannot reach each other ({str(e).splitlines()[0]}); start them with torchrun")
-    hint.cancel()
     return machines
 
 
 def wait_for_processes(rank, world_size):
     """
-    Each process says in a common store that it has started; after a minute, those that have not are named.
+    Each process says in a common store that it is ready; after a minute, those that are not are named.
     -> the store, and the name of each one's machine
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not address or not port.isdecimal():
-        raise ValueError("MASTER_ADDR and MASTER_PORT are not set")
+    if not address or not port.isdecimal() or int(port) >= 2**16:
+        raise ValueError("MASTER_ADDR and MASTER_PORT are not set, or not valid")
     # torchrun usually keeps the store; otherwise the first process does.
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(
-        address, int(port), is_master=is_host, timeout=timedelta(seconds=START_SECONDS), wait_for_workers=False,
-        multi_tenant=True)
-    store.set(f"machine/{rank}", socket.gethostname())
+    with hint(f"{address}:{port}, where torchrun or the first process should listen, cannot be reached yet"):
+        store = dist.TCPStore(
+            address, int(port), is_master=is_host, timeout=timedelta(seconds=START_SECONDS), wait_for_workers=False,
+            multi_tenant=True)
+    keys = [f"machine/{r}" for r in range(world_size)]
+    store.set(keys[rank], socket.gethostname())
     notice_at, give_up_at = NOTICE_SECONDS, START_SECONDS + (2 if is_host else 0)  # the host last: others ask it
-    missing, began = list(range(world_size)), time.monotonic()
-    while missing := [r for r in missing if not store.check([f"machine/{r}"])]:
+    began = time.monotonic()
+    while not store.check(keys):
         waited = time.monotonic() - began
         if waited > min(notice_at, give_up_at):
-            here = [store.get(f"machine/{r}").decode() for r in range(world_size) if r not in missing]
-            text = (f"not started after {waited:.0f} seconds: rank {', '.join(map(str, missing))} of {world_size}; "
-                    f"started: {count_machines(here)}")
+            ready = [r for r, key in enumerate(keys) if store.check([key])]
+            missing = ", ".join(str(r) for r in range(world_size) if r not in ready)
+            machines = count_machines(store.get(keys[r]).decode() for r in ready)
+            text = f"not ready after {waited:.0f} seconds: rank {missing} of {world_size}; ready: {machines}"
             if waited > give_up_at:
                 raise UserError(text)
-            if os.environ["LOCAL_RANK"] == "0":
+            if rank == ready[0]:
                 print(f"train.py: {text}", flush=True)
             notice_at = math.inf
-        time.sleep(0.02)
-    return store, [store.get(f"machine/{r}").decode() for r in range(world_size)]
+        time.sleep(0.1)
+    return store, [name.decode() for name in store.multi_get(keys)]
 
 
 def count_machines(names):
@@ -1550,8 +1559,8 @@ if __name__ == "__main__":
         sys.exit()
     sequences = divide_batch(world_size)  # of each process, per step
     if dry_run:
-        in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and world_size > 1
-        network = test_network(pick_device(device, local_rank), rank, world_size) if in_torchrun else None
+        started = "MASTER_ADDR" in os.environ and world_size > 1
+        network = test_network(pick_device(device, local_rank), rank, world_size) if started else None
         if is_main:
             print_plan(world_size, sequences, raw_model, spec, network)
         end_process(0)
