@@ -933,7 +933,7 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
     sizes = [micro_batch] if micro_batch else [d for d in reversed(divisors(sequences)) if d <= largest]
     if device.type == "cuda":  # no time is spent on compiling for sizes that cannot fit
         free = torch.cuda.mem_get_info(device)[0]
-        one = 0.7 * activation_bytes(model.cfg, amp_dtype)  # compiled
+        one = 0.3 * activation_bytes(model.cfg, amp_dtype)  # compiled: 0.46 for gpt2 and 0.34 for speedrun on an H200
         sizes = [B for B in sizes if B * one < free] or sizes[-1:]
     wants_compile = compile == "true" or compile == "auto" and device.type == "cuda"
     model.set_compiled(wants_compile)
@@ -1355,8 +1355,8 @@ def print_sizes(model, world_size, data_bytes):
         gathered_bytes = amp_dtype.itemsize * blocks + 4 * (n - n_blocks) + copies * (n - n_blocks) / n
         state_bytes, copies = state_bytes / world_size + max(gathered_bytes, 4 * n), 0
     print(f"memory: {(state_bytes + copies) / 2**30:.2f} GiB per process, and "
-          f"{activation_bytes(model.cfg, amp_dtype) / 2**30:.2f} GiB for each sequence of a micro-batch, in {amp_name} "
-          "and not compiled")
+          f"{activation_bytes(model.cfg, amp_dtype) / 2**30:.2f} GiB for each sequence of a micro-batch, in {amp_name}; "
+          "about half of that if compiled")
     existing = os.path.abspath(out_dir)
     while not os.path.exists(existing) and os.path.dirname(existing) != existing:
         existing = os.path.dirname(existing)
