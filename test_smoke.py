@@ -2889,6 +2889,8 @@ def test_a_dry_run_counts_parameters_and_touches_nothing(tmp_path):
     assert "124,475,904" in r.stdout and os.listdir(tmp_path) == []
     assert "checkpoints of 1.39 GiB" in r.stdout  # 12 bytes per parameter
     assert "ln(50,304) = 10.83 nats" in r.stdout
+    r = run_ok(here("train.py"), "--dry_run", cwd=tmp_path, RANK="3", LOCAL_RANK="3", WORLD_SIZE="8")
+    assert "64 sequences" in r.stdout
     r = run_ok(here("train.py"), "--dry_run", "--parallel=zero3", cwd=tmp_path, WORLD_SIZE="8")
     expected = (16 / 8 + 4) * 124_475_904 / 2**30  # shares, and all weights for evaluation
     assert f"memory: {expected:.2f} GiB per process" in r.stdout

@@ -1561,7 +1561,7 @@ if __name__ == "__main__":
     if dry_run:
         started = "MASTER_ADDR" in os.environ and world_size > 1
         network = test_network(pick_device(device, local_rank), rank, world_size) if started else None
-        if is_main:
+        if is_main or not started:
             print_plan(world_size, sequences, raw_model, spec, network)
         end_process(0)
     device = pick_device(device, local_rank)  # a torch.device from here on
