@@ -803,8 +803,7 @@ def read_dataset(name, column, options, worker, state):
 
 def read_stream(name, column, options, worker, state):
     """Yields (the texts of some rows, the state after them)."""
-    import datasets
-    datasets.disable_progress_bars()
+    datasets = import_datasets()
     datasets.config.STREAMING_READ_MAX_RETRIES = 5
     report_retries()
     try:
@@ -824,6 +823,15 @@ def read_stream(name, column, options, worker, state):
             if not isinstance(value, (str, type(None))):
                 raise UserError(f"column {column!r} of {name} holds {type(value).__name__}, not text")
         yield rows[column], stream.state_dict()
+
+
+def import_datasets():
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("reading .parquet files or the Hugging Face hub needs: pip install datasets") from None
+    datasets.disable_progress_bars()
+    return datasets
 
 
 def report_retries():

@@ -27,8 +27,8 @@ import math
 import torch
 from torch import nn
 
-from dataset import (DTYPES, Parser, UserError, ask_hub, dtype_name, encode_text, get_tokenizer, positive, progress_bar,
-                     read_lines, start_script)
+from dataset import (DTYPES, Parser, UserError, ask_hub, dtype_name, encode_text, get_tokenizer, import_datasets,
+                     positive, progress_bar, read_lines, start_script)
 from model import autocast, isolate_documents, open_model, pick_dtype
 
 MEASURES = ("acc", "acc_norm by token", "acc_norm by byte")
@@ -78,8 +78,7 @@ def task_names(text):
 
 def download(task="hellaswag", limit=None):
     """A task's examples, from the Hugging Face hub or its cache"""
-    import datasets
-    datasets.disable_progress_bars()
+    datasets = import_datasets()
     _, repository, config, split, *_ = TASKS[task]
     hint = ", or name a file of examples with hellaswag.py --data"
     records = ask_hub(repository, lambda: datasets.load_dataset(repository, config, split=split), hint)

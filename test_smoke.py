@@ -2619,6 +2619,17 @@ def test_hellaswag_is_scored_while_training_unless_it_cannot_be_had(workspace, t
     assert len(losses(tmp_path / "o")) == 3
 
 
+@pytest.mark.parametrize("use", [
+    hellaswag.download, lambda: dataset.prepare("hf:a/b", "byte"), lambda: dataset.prepare("t.parquet", "byte")],
+    ids=["HellaSwag", "the hub", "parquet"])
+def test_what_needs_the_package_datasets_says_so(monkeypatch, tmp_path, use):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
+    with pytest.raises(UserError, match="needs: pip install datasets"):
+        use()
+
+
 def muon_steps(make_optimizer, grads):
     """grads (steps, n, rows, columns) -> what these steps make of n matrices of ones"""
     params = [torch.nn.Parameter(torch.ones(grads.shape[2:])) for _ in grads[0]]

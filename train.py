@@ -1355,8 +1355,8 @@ def print_sizes(model, world_size, data_bytes):
         gathered_bytes = amp_dtype.itemsize * blocks + 4 * (n - n_blocks) + copies * (n - n_blocks) / n
         state_bytes, copies = state_bytes / world_size + max(gathered_bytes, 4 * n), 0
     print(f"memory: {(state_bytes + copies) / 2**30:.2f} GiB per process, and "
-          f"{activation_bytes(model.cfg, amp_dtype) / 2**30:.2f} GiB for each sequence of a micro-batch, in {amp_name}; "
-          "about half of that if compiled")
+          f"{activation_bytes(model.cfg, amp_dtype) / 2**30:.2f} GiB for each sequence of a micro-batch, in {amp_name}"
+          "; about half of that if compiled")
     existing = os.path.abspath(out_dir)
     while not os.path.exists(existing) and os.path.dirname(existing) != existing:
         existing = os.path.dirname(existing)
