@@ -166,8 +166,8 @@ def reference_attention(q, k, v, mask=None, dropout=0.0):
 def single_query_attention(q, k, v, bias):
     """
     Attention of one query per head, q (B, nh, 1, hs), over k and v (B, nh, S, hs); the bias (B, 1, 1, S) is -inf where
-    it must not look. On an H200 with S = 1024 it takes a quarter of the time of the fused kernels that accept a mask,
-    which read the keys of a head one after the other.
+    it must not look. On an H200 with S = 1024 it takes a quarter of the time of the fused kernel that accepts a mask,
+    which gives all keys of a head to one multiprocessor.
     """
     B, nh, S, hs = k.shape
     bias, q, k, v = (t.expand(B, nh, -1, -1).flatten(0, 1) for t in (bias, q, k, v))
@@ -426,8 +426,7 @@ class GPT(nn.Module):
         cache, new = KVCache(self, len(prompts)), []
         self.eval()
         try:
-            # Not in the middle of a training, whose memory a graph would take a part of, nor under autocast, which
-            # converts the weights anew in each step.
+            # Not during training, where memory is short, nor under autocast, which converts the weights in every step.
             is_free = not (was_training or torch.is_autocast_enabled("cuda"))
             cache.use_graph = device.type == "cuda" and is_free and self.cfg.attention != "reference"
             x = self.prefill(prompts, cache)
@@ -458,24 +457,23 @@ class GPT(nn.Module):
 
     def decode_step(self, token, cache):
         """One more token per row, (B, 1).  -> the hidden state there, (B, C)"""
-        longest = max(cache.lengths)
-        if min(cache.lengths) == longest and not cache.use_graph:
+        longest, device = max(cache.lengths), token.device
+        if cache.use_graph:
+            lengths = torch.tensor(cache.lengths, device=device)
+            cache.graph = cache.graph or StepGraph(self, token, lengths, cache)
+            x = cache.graph(token, lengths)
+        elif min(cache.lengths) < longest:
+            x = self.decode_rows(token, torch.tensor(cache.lengths, device=device), cache, longest + 1)
+        else:
             cache.write_at, cache.end = slice(longest, longest + 1), longest + 1
             x = self.hidden(token, cache.write_at, None, cache)[:, -1]
-        else:
-            lengths = torch.tensor(cache.lengths, device=token.device)
-            if not cache.use_graph:
-                x = self.decode_rows(token, lengths, cache, longest + 1)
-            else:
-                cache.graph = cache.graph or StepGraph(self, token, lengths, cache)
-                x = cache.graph(token, lengths)
         cache.lengths = [n + 1 for n in cache.lengths]
         return x
 
     def decode_rows(self, token, lengths, cache, end):
         """
-        decode_step for rows of different lengths, (B,): attention reads the cache up to `end`, masked. Nothing else
-        depends on the lengths, so that with one `end` the step is the same sequence of kernels for all.
+        decode_step for rows of different lengths, (B,): attention reads the cache up to `end`, masked. All shapes
+        follow from `end`, so with a fixed one a step can be recorded.
         """
         cache.write_at, cache.end, positions = lengths, end, lengths[:, None]  # (B, 1)
         mask = (torch.arange(end, device=token.device) <= positions)[:, None, None]  # (B, 1, 1, end)
@@ -551,7 +549,7 @@ class StepGraph:
         self.token, self.lengths, self.graph = token.clone(), lengths.clone(), torch.cuda.CUDAGraph()
         arguments, stream = (self.token, self.lengths, cache, cache.k.size(3)), graph_stream(token.device)
         stream.wait_stream(torch.cuda.current_stream(token.device))
-        with torch.cuda.stream(stream):  # a first time, to allocate what must be there before the recording
+        with torch.cuda.stream(stream):  # once before recording, so that cuBLAS has its memory
             model.decode_rows(*arguments)
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.x = model.decode_rows(*arguments)

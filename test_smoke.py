@@ -375,7 +375,7 @@ def test_rows_of_different_lengths_say_what_each_says_alone(switches):
 def test_a_step_recorded_once_as_for_cuda_says_what_each_row_says_alone(switches, lengths):
     model, B = lively(**switches).eval(), len(lengths)
     T, prompts = model.cfg.block_size, [torch.randint(64, (n,)) for n in lengths]
-    cache = model_file.KVCache(model, len(prompts))
+    cache = model_file.KVCache(model, B)
     cache.use_graph, step = True, functools.partial(model.decode_rows, cache=cache, end=T)
     cache.graph = make_fx(step)(torch.zeros(B, 1, dtype=torch.long), torch.zeros(B, dtype=torch.long))
     x, new = model.prefill(prompts, cache), []
@@ -2910,7 +2910,7 @@ def test_a_dry_run_counts_parameters_and_touches_nothing(tmp_path):
 def test_a_dry_run_under_torchrun_names_the_machines_and_times_their_network(tmp_path):
     r = torchrun(2, "--recipe=tiny", "--dry_run", "--device=cpu", cwd=tmp_path)
     assert r.stdout.count("parameters: ") == 1 and os.listdir(tmp_path) == []
-    line = re.search(r"network: 2 processes on (\S+); to exchange 0.00 GiB of gradients takes (\S+) s\n", r.stdout)
+    line = re.search(r"network: 2 processes on (\S+); exchanging 0.00 GiB of gradients takes (\S+) s\n", r.stdout)
     assert line[1] == socket.gethostname() and 0 < float(line[2]) < 10
 
 

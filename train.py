@@ -141,8 +141,8 @@ RECENT = 128  # steps that a spike is measured against
 MOMENTUM_WARMUP = 300  # steps
 UNKNOWN_STEPS = 2**40
 MAX_SKIPPED = 20  # steps in a row that may be skipped
-NOTICE_SECONDS = 60  # until processes that are missing are named
-START_SECONDS = 1800  # until a run without them ends: one may be downloading a model
+NOTICE_SECONDS = 60  # until processes that have not started are named
+START_SECONDS = 1800  # until a run without them ends; they may be downloading a model
 RNG = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who keeps the random state of each kind of device
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # save and exit; USR1 is Slurm's early warning
 REPEAT_SECONDS = 3  # torchrun and Slurm both forward a signal: a repeat within this time is the same one
@@ -527,7 +527,7 @@ def should_stop():
 
 @contextlib.contextmanager
 def hint(text):
-    """Prints a line if what is inside takes more than a minute, as what waits for a network may do silently."""
+    """Prints a text if the block takes more than a minute: waiting for a network is silent otherwise."""
     timer = threading.Timer(NOTICE_SECONDS, print, args=[f"train.py: {text}"], kwargs=dict(flush=True))
     timer.daemon = True
     timer.start()
@@ -556,7 +556,7 @@ def start_processes(device, rank, world_size):
 
 def wait_for_processes(rank, world_size):
     """
-    Each process says in a common store that it is ready; after a minute, those that are not are named.
+    Every process reports to a common store; after a minute, those that have not are named.
     -> the store, and the name of each one's machine
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
@@ -604,8 +604,8 @@ def end_process(exit_code):
     sys.exit(exit_code)
 
 
-def test_network(device, rank, world_size):
-    """--dry_run under torchrun.  -> the machines, as text, and the seconds per byte that all processes sum up"""
+def measure_network(device, rank, world_size):
+    """--dry_run under torchrun.  -> the machines, as text, and the seconds that an all_reduce takes per byte"""
     machines = start_processes(device, rank, world_size)
     numbers, times = torch.zeros(2**24, device=device), []
     for _ in range(4):
@@ -1326,7 +1326,7 @@ def print_plan(world_size, sequences, model, spec, network=None):
     if network:
         machines, seconds_per_byte = network
         gradients = model.param_counts()["total"] * getattr(torch, reduce_dtype).itemsize  # bytes
-        print(f"network: {machines}; to exchange {gradients / 2**30:.2f} GiB of gradients takes "
+        print(f"network: {machines}; exchanging {gradients / 2**30:.2f} GiB of gradients takes "
               f"{gradients * seconds_per_byte:.2g} s")
     print_sizes(model, world_size, 2 * n_rows * (stride or block_size))
     for name in map(str.strip, gpu.split(",")) if max_steps else ():
@@ -1356,7 +1356,7 @@ def print_sizes(model, world_size, data_bytes):
         state_bytes, copies = state_bytes / world_size + max(gathered_bytes, 4 * n), 0
     print(f"memory: {(state_bytes + copies) / 2**30:.2f} GiB per process, and "
           f"{activation_bytes(model.cfg, amp_dtype) / 2**30:.2f} GiB for each sequence of a micro-batch, in {amp_name}"
-          "; about half of that if compiled")
+          "; less than half of that if compiled")
     existing = os.path.abspath(out_dir)
     while not os.path.exists(existing) and os.path.dirname(existing) != existing:
         existing = os.path.dirname(existing)
@@ -1560,7 +1560,7 @@ if __name__ == "__main__":
     sequences = divide_batch(world_size)  # of each process, per step
     if dry_run:
         started = "MASTER_ADDR" in os.environ and world_size > 1
-        network = test_network(pick_device(device, local_rank), rank, world_size) if started else None
+        network = measure_network(pick_device(device, local_rank), rank, world_size) if started else None
         if is_main or not started:
             print_plan(world_size, sequences, raw_model, spec, network)
         end_process(0)
