@@ -546,6 +546,8 @@ def start_processes(device, rank, world_size):
             # Two hours, since a process may have to wait for data that another one prepares.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                     world_size=world_size, timeout=timedelta(hours=2))
+            report = sys.excepthook  # PyTorch has just wrapped report_error, to put the rank before each line
+            sys.excepthook = lambda *error: exit_at_once(report(*error) or 1)
             dist.all_reduce(present := torch.zeros(1, device=device))
             present.item()  # CUDA works asynchronously: wait
         store.delete_key(f"machine/{rank}")  # torchrun may keep the store for another start
@@ -598,10 +600,15 @@ def end_process(exit_code):
     if dist.is_initialized():
         dist.barrier()  # wait for the process that saves
         dist.destroy_process_group()
-        # Not sys.exit: a thread of the process group that still runs then can abort the process (1 in 30 with gloo).
-        sys.stdout.flush()
-        os._exit(exit_code)
+        exit_at_once(exit_code)
     sys.exit(exit_code)
+
+
+def exit_at_once(exit_code):
+    """For one of several processes: as Python shuts down, a thread of gloo that still runs can abort it (1 in 30)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def measure_network(device, rank, world_size):
