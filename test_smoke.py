@@ -3405,9 +3405,9 @@ def test_perplexity_of_pairs_is_that_of_their_responses(tuned):
 
 
 def test_perplexity_of_a_text_file_is_that_of_its_tokens(workspace):
-    options = ["--perplexity=../../t.txt", "--stride=20", "--limit=500"]
+    options = ["--perplexity=../../t.txt", "--stride=20", "--limit=500", "--dtype=float32"]
     r = run_ok(here("eval.py"), *options, cwd=workspace / "runs/fp32")
-    model, enc, _ = eval_script.load(None, str(workspace / "runs/fp32"), "cpu", "auto")
+    model, enc, _ = eval_script.load(None, str(workspace / "runs/fp32"), "cpu", "float32")
     tokens = np.array(byte_tokens(stories(150))[:500])
     nats = np.mean(strided_losses(model, tokens, 20))
     bits = nats * 499 / math.log(2) / sum(t != 256 for t in tokens[1:])

@@ -758,9 +758,9 @@ def initial_model(settings, asked):
     return model, known["tokenizer"]
 
 
-def open_teacher(device):
+def open_teacher(device, dtype):
     """The model that --teacher names, and its tokenizer's spec"""
-    model, known = open_model(teacher, device=device)
+    model, known = open_model(teacher, device=device, dtype=dtype)
     if model.cfg.block_size < block_size:
         raise UserError(f"the teacher {teacher} has a context of {model.cfg.block_size}, less than "
                         f"block_size={block_size}")
@@ -800,7 +800,8 @@ def make_optimizers(model, device):
     """Matrices and embeddings are decayed; biases and norms are not."""
     groups = muon_groups(model)
     taken = {id(p) for group in groups for p in group["params"]}
-    muon_dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
+    has_bfloat16 = pick_dtype("auto", device) == torch.bfloat16
+    muon_dtype = torch.bfloat16 if has_bfloat16 and dtype != "float32" else torch.float32
     muon = [Muon(groups, muon_lr or max_lr, weight_decay, muon_dtype)] if groups else []
     decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in taken]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -827,7 +828,7 @@ class Muon(torch.optim.Optimizer):
     Momentum whose steps are made orthogonal, so that a matrix learns equally fast in all directions (Jordan et al.,
     2024), and scaled so that AdamW's learning rate suits both (Liu et al., 2025). Takes the steps of torch.optim.Muon,
     but treats q, k and v as three matrices, multiplies all matrices of one shape together, uses float32 on devices
-    without bfloat16, and divides the work among the processes.
+    without bfloat16 or if dtype is float32, and divides the work among the processes.
     """
 
     def __init__(self, groups, lr, weight_decay, dtype):
@@ -1574,7 +1575,9 @@ if __name__ == "__main__":
     device = pick_device(device, local_rank)  # a torch.device from here on
     if world_size > 1:
         start_processes(device, rank, world_size)
-    teacher_model, teacher_spec = open_teacher(device) if teacher else (None, None)
+    amp_dtype = training_dtype(device, "dtype" in asked or ckpt and ckpt["scaler"], is_main)
+    amp_name = str(amp_dtype).removeprefix("torch.")
+    teacher_model, teacher_spec = open_teacher(device, amp_name) if teacher else (None, None)
     torch.manual_seed(seed)  # here, since loading models above consumed random numbers
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     if deterministic:
@@ -1582,8 +1585,6 @@ if __name__ == "__main__":
         torch.use_deterministic_algorithms(True)
     # With masks cuDNN's attention can return NaN in the backward pass (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(attention == "fused" and not doc_mask)
-    amp_dtype = training_dtype(device, "dtype" in asked or ckpt and ckpt["scaler"], is_main)
-    amp_name = str(amp_dtype).removeprefix("torch.")
 
     # 2. Data and model. raw_model is the bare network; `model`, below, may be wrapped in DDP.
     source, spec, enc = open_data(spec, is_local_main)
