@@ -163,16 +163,32 @@ def reference_attention(q, k, v, mask=None, dropout=0.0):
     return F.dropout(weights, dropout, training=dropout > 0).to(v.dtype) @ v  # -> (B, nh, T, hs)
 
 
-def single_query_attention(q, k, v, bias):
+def matmul_attention(q, k, v, bias, dropout=0.0):
     """
-    Attention of one query per head, q (B, nh, 1, hs), over k and v (B, nh, S, hs); the bias (B, 1, 1, S) is -inf where
-    it must not look. On an H200 with S = 1024 it takes a quarter of the time of the fused kernel that accepts a mask,
-    which gives all keys of a head to one multiprocessor.
+    Attention as two batches of matrix products. q (B, nh, T, hs), k and v (B, nh, S, hs); the bias, (T, S) or
+    (B, 1, T, S), is -inf where a query must not look. The fused kernels are slower in two cases:
+
+    - On CUDA, one query with a mask: they give all keys of a head to one multiprocessor. With S = 1024 this takes a
+      quarter of their time on an H200.
+    - On a CPU, training in bfloat16: their backward pass makes little use of the instructions for it. With T = 256 this
+      takes a third of their time on an EPYC. The gain shrinks with T, and the scores take memory.
     """
     B, nh, S, hs = k.shape
     bias, q, k, v = (t.expand(B, nh, -1, -1).flatten(0, 1) for t in (bias, q, k, v))
-    weights = torch.baddbmm(bias, q, k.mT, alpha=1 / math.sqrt(hs)).softmax(dim=-1)  # (B * nh, 1, S)
+    weights = torch.baddbmm(bias, q, k.mT, alpha=1 / math.sqrt(hs)).softmax(dim=-1)  # (B * nh, T, S)
+    weights = F.dropout(weights, dropout, training=dropout > 0)
     return torch.bmm(weights, v).unflatten(0, (B, nh))
+
+
+def attention_bias(mask, dtype):
+    """A mask, True where a query may look -> what matmul_attention adds to the scores"""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
+
+
+def matmul_attention_is_faster(x):
+    """In training on x (B, T, C)"""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16 and cpu_computes_in(torch.bfloat16)
+    return on_cpu and x.size(1) <= 512
 
 
 class Linear(nn.Linear):
@@ -234,8 +250,8 @@ class CausalSelfAttention(nn.Module):
         dropout = self.cfg.dropout if self.training else 0.0
         if self.cfg.attention == "reference":
             y = reference_attention(q, k, v, mask, dropout)
-        elif cache is not None and cache.use_graph and mask is not None:
-            y = single_query_attention(q, k, v, mask)
+        elif mask is not None and mask.is_floating_point():
+            y = matmul_attention(q, k, v, mask, dropout)
         else:
             is_causal = mask is None and T > 1  # a single query may attend to everything in the cache
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
@@ -373,6 +389,10 @@ class GPT(nn.Module):
         if self.cfg.pos == "rotary":
             # (2, 1, T, hs), or (2, B, 1, T, hs) if each row has its own positions
             rotary = self.rotary[:, positions].unsqueeze(-3)
+        if self.training and self.cfg.attention == "fused" and matmul_attention_is_faster(x):
+            if mask is None:
+                mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril()
+            mask = attention_bias(mask, x.dtype)
         with contextlib.nullcontext() if self.training else sdpa_kernel(ANY_SHAPE):
             for block in self.transformer.h:
                 if self.grad_checkpoint and self.training:
@@ -478,7 +498,7 @@ class GPT(nn.Module):
         cache.write_at, cache.end, positions = lengths, end, lengths[:, None]  # (B, 1)
         mask = (torch.arange(end, device=token.device) <= positions)[:, None, None]  # (B, 1, 1, end)
         if cache.use_graph:
-            mask = torch.zeros_like(mask, dtype=cache.k.dtype).masked_fill(~mask, -math.inf)
+            mask = attention_bias(mask, cache.k.dtype)
         return self.hidden(token, positions, mask, cache)[:, -1]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):

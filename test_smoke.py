@@ -52,8 +52,8 @@ import plot
 import train
 from data_loader import DataLoader, PackedPairs, Pairs, pack, permute
 from dataset import EOT, UserError, get_tokenizer
-from model import (GPT, GPTConfig, checkpoint_step, find_checkpoints, isolate_documents, load_checkpoint,
-                   read_checkpoint)
+from model import (GPT, GPTConfig, attention_bias, checkpoint_step, find_checkpoints, isolate_documents,
+                   load_checkpoint, matmul_attention, read_checkpoint, reference_attention)
 
 TEST_DATA = os.environ.get("TEST_DATA", "")
 WIKITEXT = os.path.join(TEST_DATA, "text/wikitext2-valid.txt")
@@ -212,6 +212,39 @@ def test_fused_attention_equals_the_reference_forward_and_backward():
         results.append([logits, *(p.grad for p in model.parameters())])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_as_matrix_products_equals_the_reference_forward_and_backward(masked):
+    results, mask = [], torch.ones(16, 16, dtype=torch.bool).tril()
+    if masked:
+        mask = isolate_documents(torch.tensor([[0] * 5 + [1] * 11, [0] * 16]))[1]
+    for attend, allowed in ((reference_attention, mask), (matmul_attention, attention_bias(mask, torch.float64))):
+        torch.manual_seed(0)
+        q, k, v, wanted = torch.randn(4, 2, 3, 16, 8, dtype=torch.float64, requires_grad=True)
+        y = attend(q, k, v, allowed)
+        results.append([y, *torch.autograd.grad((y * wanted).sum(), (q, k, v))])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({}, 4), (dict(documents=True), 4), (dict(T=513), 0), (dict(evaluate=True), 0), (dict(attention="flash"), 0),
+    (dict(dtype=torch.float32), 0), (dict(has_instructions=False), 0)], ids=str)
+def test_training_on_a_cpu_with_bfloat16_does_not_use_the_fused_kernel(monkeypatch, change, expected):
+    case = dict(T=512, documents=False, evaluate=False, attention="fused", dtype=torch.bfloat16,
+                has_instructions=True) | change
+    calls = []
+    monkeypatch.setattr(model_file, "cpu_computes_in", lambda dtype: case["has_instructions"])
+    monkeypatch.setattr(model_file, "matmul_attention", lambda *args: calls.append(1) or matmul_attention(*args))
+    model = GPT(small(n_layer=4, block_size=case["T"], attention=case["attention"])).train(not case["evaluate"])
+    index = torch.arange(case["T"])[None]
+    batch = (index % 64, index % 64, index // 40 if case["documents"] else None)
+    with train.autocast(index.device, case["dtype"]):
+        loss = model(*batch)[1]
+        model.cfg.attention = "reference"
+        expected_loss = model(*batch)[1]
+    assert len(calls) == expected and loss.item() == pytest.approx(expected_loss.item(), abs=2e-3)
 
 
 @each_kind
@@ -2924,7 +2957,7 @@ GPT2_MEMORY = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, vocab_size=8
 def test_the_memory_that_a_dry_run_predicts_is_what_a_step_takes_within_15_percent(
         monkeypatch, dtype, shape, grad_checkpoint):
     set_globals(monkeypatch, block_size=256, grad_checkpoint=grad_checkpoint)
-    model, x = GPT(GPTConfig(**shape)), torch.zeros(8, 256, dtype=torch.long)
+    model, x = GPT(GPTConfig(**shape, attention="flash")), torch.zeros(8, 256, dtype=torch.long)
     model.grad_checkpoint = grad_checkpoint
 
     def step():
