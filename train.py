@@ -159,7 +159,7 @@ RECIPES = {
     # as many tokens as with large batches (Marek et al., 2025), so beta2 is close to 1.
     "tiny": dict(
         **CONFIGS["tiny"], data="input.txt", tokenizer="bpe:4096", total_batch_size=4 * 256, max_steps=1000,
-        optimizer="muon", muon_lr=0.02, max_lr=4e-3, min_lr=0.0, beta2=0.999, weight_decay=0.3, warmup_steps=50,
+        optimizer="muon", muon_lr=0.012, max_lr=4e-3, min_lr=0.0, beta2=0.999, weight_decay=0.2, warmup_steps=50,
         schedule="wsd", cooldown=0.8, doc_mask=True, val_interval=100, ckpt_interval=200, sample_interval=500,
         sample_prompt="Once", hella_interval=0, log_interval=10),
     # Fine-tunes --init_from on the pairs in --data.
@@ -173,7 +173,7 @@ RECIPES = {
 }
 RECIPES["shakespeare"] = {
     **RECIPES["tiny"], "block_size": 128, "data": "data/shakespeare", "tokenizer": "byte", "doc_mask": False,
-    "weight_decay": 0.1, "val_interval": 250, "sample_prompt": "ROMEO:"}
+    "muon_lr": 0.02, "weight_decay": 0.1, "val_interval": 250, "sample_prompt": "ROMEO:"}
 # toyGPT has no default batch or learning rate. The learning rates are those of GPT-3 models of these sizes (Brown et
 # al., 2020, table 2.1).
 for _name, _lr in (("toygpt-small", 6e-4), ("toygpt-medium", 3e-4), ("toygpt-large", 2e-4)):
