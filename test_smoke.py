@@ -2973,6 +2973,30 @@ def test_the_memory_that_a_dry_run_predicts_is_what_a_step_takes_within_15_perce
     assert predicted == pytest.approx(np.cumsum(sizes).max(), rel=0.15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [
+    GPT2_MEMORY, {**GPT2_MEMORY, "n_layer": 8, "vocab_size": 1024},
+    {**GPT2_MEMORY, **model_file.MODERN, "vocab_size": 1024, "softcap": 15.0}], ids=["gpt2", "deep", "modern"])
+def test_compiled_code_keeps_for_the_backward_pass_what_a_dry_run_predicts(monkeypatch, dtype, shape):
+    # The partitioner of torch.compile's backend for GPUs, without the compiler, which would take half a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    set_globals(monkeypatch, block_size=256, grad_checkpoint=False)
+    model, x = GPT(GPTConfig(**shape, attention="flash")), torch.zeros(8, 256, dtype=torch.long)
+    model.set_compiled(True)
+    weights = [set(p.shape) for p in model.parameters()]  # kept too, but not for each sequence
+    kept = {}
+
+    def keep(tensor):
+        if set(tensor.shape) not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with train.autocast(x.device, dtype), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        train.loss_fn(model, None, x, x)
+    predicted = 8 * train.activation_bytes(model.cfg, dtype, compiled=True)
+    assert predicted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.1)
+
+
 def test_a_dry_run_is_for_the_gpus_that_are_named(tmp_path):
     r = run_ok(here("train.py"), "--dry_run", "--gpu=L40S,T4", "--usd_per_gpu_hour=2", cwd=tmp_path)
     flops = float(re.search(r", (\S+) FLOPs", r.stdout)[1])
@@ -3766,7 +3790,7 @@ def test_micro_batches_that_cannot_fit_are_not_tried(monkeypatch):
     monkeypatch.setattr(train, "try_step", lambda model, teacher, device, dtype, B, shares: tried.append(B))
     set_globals(monkeypatch, compile="auto", block_size=16, micro_batch=0, grad_checkpoint=False)
     model = GPT(small())
-    free = 0.3 * 5 * train.activation_bytes(model.cfg, torch.bfloat16)  # compiled
+    free = 0.8 * 5 * train.activation_bytes(model.cfg, torch.bfloat16, compiled=True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
     assert train.find_micro_batch(model, None, torch.device("cuda"), torch.bfloat16, 12, 0, shares=1)[0] == 4
     assert tried == [4]
