@@ -59,7 +59,7 @@ class GPTConfig:
     embed_norm: bool = False  # normalise the embedding of each token
     softcap: float = 0.0  # logits -> c * tanh(logits / c); 0: off
     zero_init: bool = False  # residual projections start at zero instead of GPT-2's scaled normal
-    attention: str = "fused"  # fused (the kernel torch prefers) | flash (never cuDNN's) | reference (written out)
+    attention: str = "fused"  # fused (the fastest) | flash (a fused kernel, never cuDNN's) | reference (written out)
 
     def __post_init__(self):
         if not self.n_tokens:
@@ -171,7 +171,7 @@ def matmul_attention(q, k, v, bias, dropout=0.0):
     - On CUDA, one query with a mask: they give all keys of a head to one multiprocessor. With S = 1024 this takes a
       quarter of their time on an H200.
     - On a CPU, training in bfloat16: their backward pass makes little use of the instructions for it. With T = 256 this
-      takes a third of their time on an EPYC. The gain shrinks with T, and the scores take memory.
+      takes a third of their time on an EPYC with AVX512-BF16. The gain shrinks with T, and the scores take memory.
     """
     B, nh, S, hs = k.shape
     bias, q, k, v = (t.expand(B, nh, -1, -1).flatten(0, 1) for t in (bias, q, k, v))
@@ -368,8 +368,8 @@ class GPT(nn.Module):
     def hidden(self, idx, positions=None, mask=None, cache=None):
         """
         idx (B, T) -> the final hidden states, (B, T, C). Positions, a slice or (B, T), are 0 to T-1 unless given. The
-        mask, True where a position may attend to another, is causal unless given. With a cache, keys and values are
-        stored in it, and attention covers everything stored.
+        mask, True where a position may attend to another, or its attention_bias, is causal unless given. With a cache,
+        keys and values are stored in it, and attention covers everything stored.
         """
         if positions is None:  # a row with given positions may be longer: HellaSwag puts four endings into one
             T = idx.size(1)

@@ -214,37 +214,38 @@ def test_fused_attention_equals_the_reference_forward_and_backward():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_as_matrix_products_equals_the_reference_forward_and_backward(masked):
+@pytest.mark.parametrize("masked, dropout", [(False, 0.0), (True, 0.0), (True, 0.5)])
+def test_attention_as_matrix_products_equals_the_reference_forward_and_backward(masked, dropout):
     results, mask = [], torch.ones(16, 16, dtype=torch.bool).tril()
     if masked:
         mask = isolate_documents(torch.tensor([[0] * 5 + [1] * 11, [0] * 16]))[1]
     for attend, allowed in ((reference_attention, mask), (matmul_attention, attention_bias(mask, torch.float64))):
         torch.manual_seed(0)
         q, k, v, wanted = torch.randn(4, 2, 3, 16, 8, dtype=torch.float64, requires_grad=True)
-        y = attend(q, k, v, allowed)
+        y = attend(q, k, v, allowed, dropout)
         results.append([y, *torch.autograd.grad((y * wanted).sum(), (q, k, v))])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({}, 4), (dict(documents=True), 4), (dict(T=513), 0), (dict(evaluate=True), 0), (dict(attention="flash"), 0),
-    (dict(dtype=torch.float32), 0), (dict(has_instructions=False), 0)], ids=str)
+    ({}, 4), (dict(documents=True), 4), (dict(grad_checkpoint=True), 4), (dict(T=513), 0), (dict(evaluate=True), 0),
+    (dict(attention="flash"), 0), (dict(dtype=torch.float32), 0), (dict(has_instructions=False), 0)], ids=str)
 def test_training_on_a_cpu_with_bfloat16_does_not_use_the_fused_kernel(monkeypatch, change, expected):
-    case = dict(T=512, documents=False, evaluate=False, attention="fused", dtype=torch.bfloat16,
+    case = dict(T=512, documents=False, evaluate=False, grad_checkpoint=False, attention="fused", dtype=torch.bfloat16,
                 has_instructions=True) | change
     calls = []
     monkeypatch.setattr(model_file, "cpu_computes_in", lambda dtype: case["has_instructions"])
     monkeypatch.setattr(model_file, "matmul_attention", lambda *args: calls.append(1) or matmul_attention(*args))
-    model = GPT(small(n_layer=4, block_size=case["T"], attention=case["attention"])).train(not case["evaluate"])
+    model = lively(n_layer=4, block_size=case["T"], attention=case["attention"])
+    model.train(not case["evaluate"]).grad_checkpoint = case["grad_checkpoint"]
     index = torch.arange(case["T"])[None]
     batch = (index % 64, index % 64, index // 40 if case["documents"] else None)
     with train.autocast(index.device, case["dtype"]):
         loss = model(*batch)[1]
         model.cfg.attention = "reference"
         expected_loss = model(*batch)[1]
-    assert len(calls) == expected and loss.item() == pytest.approx(expected_loss.item(), abs=2e-3)
+    assert len(calls) == expected and loss.item() == pytest.approx(expected_loss.item(), abs=1e-3)
 
 
 @each_kind
@@ -628,7 +629,7 @@ def test_twenty_adamw_steps_give_the_losses_of_nanogpt(monkeypatch):
     theirs = nanogpt.GPT(nanogpt.GPTConfig(**shape, dropout=0.0, bias=True))
     theirs.load_state_dict(ours.state_dict())
     monkeypatch.setattr(train, "max_lr", 1e-3)
-    ours.optimizer, = train.make_optimizers(ours, torch.device("cpu"))
+    ours.optimizer, = train.make_optimizers(ours, torch.device("cpu"), torch.float32)
     theirs.optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     largest = 0
     for _ in range(20):
@@ -2233,7 +2234,7 @@ share = [rows_kept(p) * p[0].numel() for p in full.parameters()]
 model = train.shard_model(full, cpu, torch.float32, {n})
 idx = torch.zeros(1, 16, dtype=torch.long)
 model(idx, idx)[1].backward()
-optimizers = train.make_optimizers(model, cpu)
+optimizers = train.make_optimizers(model, cpu, torch.float32)
 kept = {{}}
 for o in optimizers:
     o.step()
@@ -2634,7 +2635,7 @@ def test_resuming_takes_new_settings_of_the_optimizer(workspace, tmp_path):
 
 
 def test_weight_decay_takes_matrices_and_leaves_biases_and_norms():
-    optimizer, = train.make_optimizers(GPT(small()), torch.device("cpu"))
+    optimizer, = train.make_optimizers(GPT(small()), torch.device("cpu"), torch.float32)
     dims = [{p.dim() for p in group["params"]} for group in optimizer.param_groups]
     assert dims == [{2}, {1}] and [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
@@ -2698,7 +2699,7 @@ def test_muon_treats_q_k_and_v_as_three_matrices():
 def test_muon_has_the_blocks_matrices_and_a_rate_and_momentum_on_schedule(monkeypatch):
     set_globals(monkeypatch, optimizer="muon", max_lr=4e-3, muon_lr=2e-2, min_lr=0.0, warmup_steps=10, max_steps=1000,
                 schedule="wsd", cooldown=0.5)
-    muon, adamw = optimizers = train.make_optimizers(GPT(small()), torch.device("cpu"))
+    muon, adamw = optimizers = train.make_optimizers(GPT(small()), torch.device("cpu"), torch.float32)
     assert [group["parts"] for group in muon.param_groups] == [3, 1, 1, 1]  # q, k and v; the others
     rates = {step: train.set_rates(optimizers, step) for step in (4, 150, 300, 750)}
     assert rates == pytest.approx({4: 2e-3, 150: 4e-3, 300: 4e-3, 750: 2e-3})
@@ -3843,7 +3844,7 @@ def test_nodes_without_a_common_folder_each_prepare_their_data(workspace, tmp_pa
 
 
 def test_nodes_without_a_common_folder_cannot_write_parts_of_one_checkpoint(workspace, tmp_path, monkeypatch):
-    # As Python shuts down, a thread of gloo sometimes aborts the process, which an error must not wait for.
+    # A thread of gloo sometimes aborts a process as Python shuts down; here that always happens.
     (tmp_path / "sitecustomize.py").write_text("import atexit, os; atexit.register(os.abort)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     options = [f"--data={workspace}/data/t", "--parallel=zero3", "--ckpt_shards", "--out_dir=run"]
@@ -3851,6 +3852,20 @@ def test_nodes_without_a_common_folder_cannot_write_parts_of_one_checkpoint(work
         error = p.communicate(timeout=120)[1]
         assert p.returncode == 1 and re.search("out_dir that all machines share|lost the others", error), error
     assert not list(tmp_path.glob("*/run/checkpoints/*"))
+
+
+def test_an_error_in_one_of_several_processes_waits_for_a_checkpoint_that_is_being_written(tmp_path):
+    code = """
+import sys, time, torch, train
+sys.excepthook = train.report_error
+train.start_processes(torch.device("cpu"), 0, 1)
+train.writer.submit(lambda: (time.sleep(1), open("written", "w").close()))
+raise train.UserError("wrong")
+"""
+    env = dict(MASTER_ADDR="localhost", MASTER_PORT=str(some_port()), PYTHONPATH=HERE)
+    r = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True,
+                       env={**os.environ, **env})
+    assert r.returncode == 1 and r.stderr.endswith(": wrong\n") and os.listdir(tmp_path) == ["written"]
 
 
 def test_a_run_in_bfloat16_logs_the_loss_that_eval_measures(workspace, tmp_path):
@@ -4008,7 +4023,7 @@ def gradients(prepare, checkpointed=False, dtype=torch.float32):
         with autocast(device, dtype):
             loss = model(x, y, with_logits=False)[1]
         scaler.scale(loss).backward()
-    [optimizer] = train.make_optimizers(raw, device)
+    [optimizer] = train.make_optimizers(raw, device, torch.bfloat16)
     scaler.unscale_(optimizer)
     grads = train.copy_to_host({{name: p.grad for name, p in raw.named_parameters()}}, train.gathered)
     scaler.step(optimizer)

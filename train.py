@@ -1,7 +1,7 @@
 """
 Trains a GPT, with the same code on a CPU, a GPU, an Apple GPU, or many GPUs under torchrun:
 
-    python train.py --recipe=tiny                        # two minutes on a laptop, no network
+    python train.py --recipe=tiny                        # one to two minutes on a laptop, no network
     python train.py                                      # GPT-2 124M on one device
     torchrun --nproc_per_node=8 train.py                 # on eight
     python train.py --recipe=tiny --resume               # continue from the newest checkpoint, exactly
@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import inspect
 import itertools
@@ -200,9 +201,9 @@ LADDER = {
 PROFILED_STEPS = 3
 # What --profile calls the work, by a part of the name of a kernel or an operation; the first that fits
 WORK = {
-    "communication": "nccl|gloo|all_?reduce|all_?gather|reduce_?scatter", "attention": "flash|attention|fmha|sdpa",
-    "optimizer": "adam|muon|multi_tensor|foreach|vector_norm", "loss": "softmax|nll|cross_entropy|logsumexp",
-    "matmul": "mm|gemm|nvjet|cutlass|xmma", "data": "memcpy|pin_memory"}
+    "communication": "nccl|gloo|all_?reduce|all_?gather|reduce_?scatter",
+    "attention": "flash|attention|fmha|sdpa|aten::_softmax", "optimizer": "adam|muon|multi_tensor|foreach|vector_norm",
+    "loss": "softmax|nll|cross_entropy|logsumexp", "matmul": "mm|gemm|nvjet|cutlass|xmma", "data": "memcpy|pin_memory"}
 
 # Dense bf16 (fp16 before Ampere) TFLOP/s with fp32 sums, from the makers' data sheets
 PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
@@ -546,8 +547,8 @@ def start_processes(device, rank, world_size):
             # Two hours, since a process may have to wait for data that another one prepares.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                     world_size=world_size, timeout=timedelta(hours=2))
-            report = sys.excepthook  # PyTorch has just wrapped report_error, to put the rank before each line
-            sys.excepthook = lambda *error: exit_at_once(report(*error) or 1)
+            # PyTorch has just wrapped report_error, to put the rank before each line
+            sys.excepthook = functools.partial(report_and_exit, sys.excepthook)
             dist.all_reduce(present := torch.zeros(1, device=device))
             present.item()  # CUDA works asynchronously: wait
         store.delete_key(f"machine/{rank}")  # torchrun may keep the store for another start
@@ -604,8 +605,18 @@ def end_process(exit_code):
     sys.exit(exit_code)
 
 
+def report_and_exit(report, kind, error, trace):
+    """For sys.excepthook, in one of several processes"""
+    report(kind, error, trace)
+    exit_at_once(1)
+
+
 def exit_at_once(exit_code):
-    """For one of several processes: as Python shuts down, a thread of gloo that still runs can abort it (1 in 30)."""
+    """
+    Ends one of several processes without Python's shutdown, during which a thread of gloo that still runs can abort the
+    process (1 in 30). A checkpoint that is being written is finished first.
+    """
+    writer.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
@@ -758,9 +769,9 @@ def initial_model(settings, asked):
     return model, known["tokenizer"]
 
 
-def open_teacher(device, dtype):
+def open_teacher(device, amp_dtype):
     """The model that --teacher names, and its tokenizer's spec"""
-    model, known = open_model(teacher, device=device, dtype=dtype)
+    model, known = open_model(teacher, device=device, dtype="float32" if amp_dtype == torch.float32 else "auto")
     if model.cfg.block_size < block_size:
         raise UserError(f"the teacher {teacher} has a context of {model.cfg.block_size}, less than "
                         f"block_size={block_size}")
@@ -796,12 +807,12 @@ def muon_groups(model):
     return groups if optimizer == "muon" else []
 
 
-def make_optimizers(model, device):
+def make_optimizers(model, device, amp_dtype):
     """Matrices and embeddings are decayed; biases and norms are not."""
     groups = muon_groups(model)
     taken = {id(p) for group in groups for p in group["params"]}
-    has_bfloat16 = pick_dtype("auto", device) == torch.bfloat16
-    muon_dtype = torch.bfloat16 if has_bfloat16 and dtype != "float32" else torch.float32
+    in_bfloat16 = amp_dtype != torch.float32 and pick_dtype("auto", device) == torch.bfloat16
+    muon_dtype = torch.bfloat16 if in_bfloat16 else torch.float32
     muon = [Muon(groups, muon_lr or max_lr, weight_decay, muon_dtype)] if groups else []
     decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in taken]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -828,7 +839,7 @@ class Muon(torch.optim.Optimizer):
     Momentum whose steps are made orthogonal, so that a matrix learns equally fast in all directions (Jordan et al.,
     2024), and scaled so that AdamW's learning rate suits both (Liu et al., 2025). Takes the steps of torch.optim.Muon,
     but treats q, k and v as three matrices, multiplies all matrices of one shape together, uses float32 on devices
-    without bfloat16 or if dtype is float32, and divides the work among the processes.
+    without bfloat16 and in training in float32, and divides the work among the processes.
     """
 
     def __init__(self, groups, lr, weight_decay, dtype):
@@ -971,18 +982,21 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
 
 
 def activation_bytes(cfg, amp_dtype, compiled=False):
-    """About what a forward pass of one sequence keeps for the backward pass, with a fused kernel for attention"""
-    # Per token, in units of n_embd: two inputs and outputs of norms, q, k, v, what attention returns, the MLP's 4 + 4;
-    # if q and k are changed, both once more, and the output of attention in another layout. Checkpointed, a block keeps
-    # its input. Code that is not compiled also keeps what lies in between, and two copies of the logits in float32,
-    # more for a soft-cap. On an H200, gpt2 and speedrun, compiled, in micro-batches of 64, took 6% more than this and
-    # print_sizes say.
+    """
+    About what a forward pass of one sequence keeps for the backward pass, with a fused kernel for attention. Without
+    one, as on CPUs in bfloat16, there are n_head * block_size attention weights more per token and block.
+    """
+    # Per token and block, in units of n_embd
     if compiled:
+        # Two inputs and outputs of norms, q, k, v, what attention returns, the MLP's 4 + 4. If q and k are changed,
+        # both once more, and the output of attention in another layout. The logits are kept once.
         block, logit = 16 + 3 * (cfg.qk_norm or cfg.pos == "rotary"), amp_dtype.itemsize
     else:
+        # The same, and one for small things; q and k once more for their norms, and for rotations; two copies of the
+        # logits in float32, more for a soft-cap.
         block, logit = 17 + 2 * cfg.qk_norm + 2 * (cfg.pos == "rotary"), 20 if cfg.softcap else 12
     if grad_checkpoint:
-        block = 1
+        block = 1  # its input
     return block_size * (cfg.n_layer * block * cfg.n_embd * amp_dtype.itemsize + cfg.vocab_size * logit)
 
 
@@ -1099,6 +1113,9 @@ def checkpoint_path(step):
     return os.path.join(out_dir, "checkpoints", f"model_{step:06d}.pt")
 
 
+writer = ThreadPoolExecutor(1)
+
+
 class Saver:
     """
     Writes checkpoints in a thread, from a copy, while training goes on. Every process has one; the first writes, or
@@ -1106,7 +1123,7 @@ class Saver:
     """
 
     def __init__(self, device):
-        self.device, self.pool = device, ThreadPoolExecutor(1)
+        self.device = device
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.writing = None  # whether the newest checkpoint could be written, as a Future
         self.previous_best = None
@@ -1131,7 +1148,7 @@ class Saver:
         if is_writing:
             if model.cfg.tie_head:
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
-            self.writing = self.pool.submit(write_checkpoint, path, dict(
+            self.writing = writer.submit(write_checkpoint, path, dict(
                 constants, step=run["step"], run=copy.deepcopy(run), model=weights, optimizers=moments, rng=rng,
                 scaler=scaler.state_dict(), loader=loader.state_dict()))
 
@@ -1583,7 +1600,7 @@ if __name__ == "__main__":
         start_processes(device, rank, world_size)
     amp_dtype = training_dtype(device, "dtype" in asked or ckpt and ckpt["scaler"], is_main)
     amp_name = str(amp_dtype).removeprefix("torch.")
-    teacher_model, teacher_spec = open_teacher(device, amp_name) if teacher else (None, None)
+    teacher_model, teacher_spec = open_teacher(device, amp_dtype) if teacher else (None, None)
     torch.manual_seed(seed)  # here, since loading models above consumed random numbers
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     if deterministic:
@@ -1640,7 +1657,7 @@ if __name__ == "__main__":
             if reduce_dtype == "bfloat16":
                 model.register_comm_hook(None, average_in_bfloat16)
     loader.B = B
-    optimizers = make_optimizers(raw_model, device)
+    optimizers = make_optimizers(raw_model, device, amp_dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
     # 4. Where to begin
