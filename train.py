@@ -1113,7 +1113,7 @@ def checkpoint_path(step):
     return os.path.join(out_dir, "checkpoints", f"model_{step:06d}.pt")
 
 
-writer = ThreadPoolExecutor(1)
+writer = ThreadPoolExecutor(1)  # of checkpoints, one after the other
 
 
 class Saver:
