@@ -186,7 +186,7 @@ def attention_bias(mask, dtype):
 
 
 def matmul_attention_is_faster(x):
-    """In training on x (B, T, C)"""
+    """Whether training on x (B, T, C) is faster with matmul_attention than with a fused kernel"""
     on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16 and cpu_computes_in(torch.bfloat16)
     return on_cpu and x.size(1) <= 512
 

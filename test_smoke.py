@@ -2634,6 +2634,26 @@ def test_resuming_takes_new_settings_of_the_optimizer(workspace, tmp_path):
     assert ckpt["run"]["last_val"]["loss"] == pytest.approx(last_val, abs=1e-6)
 
 
+@pytest.mark.parametrize("amp, auto, expected", [
+    (torch.float32, torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16, torch.float32)], ids=str)
+def test_muon_computes_in_bfloat16_unless_training_is_in_float32_or_the_device_has_none(
+        monkeypatch, amp, auto, expected):
+    set_globals(monkeypatch, optimizer="muon")
+    monkeypatch.setattr(train, "pick_dtype", lambda name, device: auto)
+    assert train.make_optimizers(GPT(small()), torch.device("cpu"), amp)[0].dtype == expected
+
+
+@pytest.mark.parametrize("amp, expected", [(torch.float32, "float32"), (torch.float16, "auto")], ids=str)
+def test_a_teacher_computes_in_float32_if_training_does(monkeypatch, amp, expected):
+    asked = []
+    set_globals(monkeypatch, teacher="base", block_size=16)
+    monkeypatch.setattr(train, "open_model", lambda name, device, dtype: asked.append(dtype) or (
+        GPT(small()), dict(tokenizer=None)))
+    train.open_teacher(torch.device("cpu"), amp)
+    assert asked == [expected]
+
+
 def test_weight_decay_takes_matrices_and_leaves_biases_and_norms():
     optimizer, = train.make_optimizers(GPT(small()), torch.device("cpu"), torch.float32)
     dims = [{p.dim() for p in group["params"]} for group in optimizer.param_groups]
@@ -3013,6 +3033,13 @@ def test_bench_prints_one_line_of_json_and_writes_nothing(workspace):
     row = json.loads(r.stdout.splitlines()[-1])
     assert {"tok_s", "ms", "mfu", "peak_tflops", "mem_gb"} <= set(row) and row["tok_s"] > 0
     assert tree(workspace) == before
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("aten::_softmax", "attention"), ("aten::_log_softmax", "loss"), ("aten::mm", "matmul"),
+    ("void pytorch_flash::flash_fwd_kernel", "attention"), ("triton_red_fused__log_softmax_nll_loss_0", "loss")])
+def test_a_profile_knows_what_an_operation_is_for(name, expected):
+    assert next(k for k, names in train.WORK.items() if re.search(names, name, re.IGNORECASE)) == expected
 
 
 def test_a_profile_is_a_trace_and_says_what_the_steps_spent_their_time_on(workspace, tmp_path):
