@@ -10,6 +10,7 @@ import bisect
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -60,8 +61,8 @@ class DataLoader:
         parts = [permute(index[epoch == e], self.n_rows, self.seed, e) for e in np.unique(epoch)]
         return np.concatenate(parts)
 
-    def spread(self, n, B):
-        """For validation: takes n rows spread evenly over the split, and yields this process's share in batches."""
+    def validation_batches(self, n, B):
+        """Yields this process's share of n rows spread evenly over the split."""
         n = min(n, self.n_rows)
         indices = np.arange(n) * self.n_rows // n
         for i in range(self.rank * B, n, B * self.world_size):
@@ -71,10 +72,10 @@ class DataLoader:
         """How many targets the next n rows of all processes have"""
         return int(self.rows.target_counts(self.order(self.position, n)).sum())
 
-    def last_places(self, n_batches, shown=4):
+    def describe_last_rows(self, n_batches, shown=4):
         """Where this process's last rows come from: data/x/train_000000.bin at token 4,096, ... and 508 more"""
-        taken = self.B * self.world_size
-        begins = [self.position - i * taken + self.rank * self.B for i in range(n_batches, 0, -1)]
+        rows_per_batch = self.B * self.world_size
+        begins = [self.position - i * rows_per_batch + self.rank * self.B for i in range(n_batches, 0, -1)]
         indices = np.concatenate([self.order(begin, self.B) for begin in begins])
         more = f" and {len(indices) - shown} more" if len(indices) > shown else ""
         return ", ".join(self.rows.place(int(i)) for i in indices[:shown]) + more
@@ -106,14 +107,14 @@ class Windows:
         self.paths, counts, self.manifest = find_shards(folder, split)
         self.vocab_size = vocab_size or (self.manifest or {}).get("vocab_size")
         self.eot = self.manifest["eot"] if self.manifest else 50256  # other people's shards are in GPT-2's tokens
-        self.states = [file_state(path) for path in self.paths]
-        self.lengths, self.offsets = [], []  # how many tokens each has, and at which byte they begin
+        self.lengths, self.offsets, self.states = [], [], []  # how many tokens each has, and at which byte they begin
         for path, n in zip(self.paths, counts):
             tokens = read_shard(path)
             if n is not None and len(tokens) != n:
                 raise UserError(f"{path} has {len(tokens):,} tokens, {MANIFEST} says {n:,}; prepare the data again")
             self.lengths.append(len(tokens))
             self.offsets.append(getattr(tokens, "offset", 0))
+            self.states.append(file_state(path))
         self.ends = np.cumsum(self.lengths).tolist()  # where each shard ends in the stream
         if self.ends[-1] < T + 1:
             raise UserError(f"the {split} split of {folder} has {self.ends[-1]:,} tokens; a window takes "
@@ -156,15 +157,14 @@ class Windows:
 
     def read_part(self, shard, begin, n):
         """
-        n tokens of a shard. The file is opened for this: kept open and mapped, a thousand files would take as many
-        handles, and memory that grows to the size of the data (nanoGPT issue 287).
+        n tokens of a shard. The file is opened each time: mapped files that stay open take a handle each, and memory
+        that grows to the size of the data (nanoGPT issue 287).
         """
         path = self.paths[shard]
-        is_same = file_state(path) == self.states[shard]
         with reading(path, "a token shard"):
-            tokens = np.fromfile(path, np.uint16, n, offset=self.offsets[shard] + 2 * begin) if is_same else ()
-        if not is_same or len(tokens) < n:
-            raise UserError(f"{path} has changed, or is gone, since this run began")
+            tokens = np.fromfile(path, np.uint16, n, offset=self.offsets[shard] + 2 * begin)
+            if file_state(path) != self.states[shard]:
+                raise UserError(f"{path} has changed since this run began")
         if self.vocab_size and n and tokens.max() >= self.vocab_size:
             at = int(np.argmax(tokens >= self.vocab_size))
             raise UserError(f"{path}: token {tokens[at]} at {begin + at:,} is outside the vocabulary of "
@@ -173,12 +173,9 @@ class Windows:
 
 
 def file_state(path):
-    """Size, time and inode: if one differs, the file has changed. None if it is gone"""
-    try:
-        status = os.stat(path)
-        return status.st_size, status.st_mtime_ns, status.st_ino
-    except OSError:
-        return None
+    """Size, modification time and inode: if one differs, the file has changed."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class Pairs:
@@ -198,9 +195,6 @@ class Pairs:
         self.indices = {split: np.flatnonzero(splits == split) for split in SPLITS}
         self.indices["all"] = np.arange(len(splits))
 
-    def fingerprint(self):
-        return f"{zlib.crc32(self.tokens.tobytes()):08x}{zlib.crc32(self.offsets.tobytes()):08x}"
-
 
 class PackedPairs:
     """Rows of T tokens that hold as many whole pairs as fit. A pair too long for a row is shortened."""
@@ -214,16 +208,16 @@ class PackedPairs:
         self.lengths = np.diff(pairs.offsets)[self.indices]
         rows = pack(np.minimum(self.lengths, T), T)
         self.rows = [self.indices[row] for row in rows]
-        counts = np.add.reduceat(pairs.is_target, pairs.offsets[:-1], dtype=np.int64) + 1  # and end-of-text at the end
+        counts = np.add.reduceat(pairs.is_target, pairs.offsets[:-1], dtype=np.int64) + 1  # the last end-of-text
         for i in self.indices[self.lengths > T]:
-            counts[i] = np.count_nonzero(self.shorten(i)[1] >= 0)
+            counts[i] = np.count_nonzero(self.inputs_and_targets(i)[1] >= 0)
         self.counts = np.array([counts[row].sum() for row in self.rows])
 
     def __len__(self):
         return len(self.rows)
 
     def fingerprint(self):
-        return self.pairs.fingerprint()
+        return "".join(f"{zlib.crc32(numbers.tobytes()):08x}" for numbers in (self.pairs.tokens, self.pairs.offsets))
 
     def summary(self):
         used = np.minimum(self.lengths, self.T).sum() / (len(self) * self.T)
@@ -244,19 +238,19 @@ class PackedPairs:
         x, y, document = np.full(self.T, self.pairs.eot), np.full(self.T, -1), np.full(self.T, -1)
         at = 0
         for number, pair in enumerate(self.rows[i]):
-            inputs, targets = self.shorten(pair)
+            inputs, targets = self.inputs_and_targets(pair)
             part = slice(at, at + len(inputs))
             x[part], y[part], document[part] = inputs, targets, number
             at = part.stop
         return x, y, document
 
-    def shorten(self, i):
-        """Pair i as inputs and targets of at most T tokens"""
+    def inputs_and_targets(self, i):
+        """Pair i, shortened to at most T tokens if it is longer"""
         pair = slice(self.pairs.offsets[i], self.pairs.offsets[i + 1])
         tokens, is_target = self.pairs.tokens[pair], self.pairs.is_target[pair]
-        kept, ends = tokens_to_keep(is_target, self.T)
+        kept, reaches_end = tokens_to_keep(is_target, self.T)
         targets = np.append(tokens[kept][1:], self.pairs.eot).astype(np.int64)
-        is_target = np.append(is_target[kept][1:], ends)
+        is_target = np.append(is_target[kept][1:], reaches_end)
         if len(kept) < len(tokens):
             is_target[0] = False  # the tokens before this target were cut away
         targets[~is_target] = -1
@@ -283,23 +277,25 @@ def pack(lengths, T):
     >>> pack(np.array([5, 3, 2, 6, 2]), 8)
     [[3, 2], [0, 1], [4]]
     """
-    rows, sizes, with_room = [], [], defaultdict(list)  # the sizes of free room, sorted, and the rows that have each
+    rows = []
+    free_sizes = []  # how much room rows have left, sorted, each size once
+    with_room = defaultdict(list)  # the rows that have this much
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
-        at = bisect.bisect_left(sizes, n)
-        if at == len(sizes):
+        at = bisect.bisect_left(free_sizes, n)
+        if at == len(free_sizes):
             row, room = len(rows), T
             rows.append([])
         else:
-            room = sizes[at]
+            room = free_sizes[at]
             row = with_room[room].pop()
             if not with_room[room]:
-                del sizes[at]
+                del free_sizes[at]
         rows[row].append(i)
         room -= n
         if room:
             if not with_room[room]:
-                bisect.insort(sizes, room)
+                bisect.insort(free_sizes, room)
             with_room[room].append(row)
     return rows
 
@@ -336,7 +332,8 @@ def find_shards(folder, split):
     if manifest is None:
         if os.path.exists(os.path.join(folder, PROGRESS)):
             raise UserError(f"{folder} is unfinished; run its python dataset.py command again to complete it")
-        names = sorted(n for n in os.listdir(folder) if split in n and n.endswith((".bin", ".npy")))
+        name_of_split = rf"(.*[^a-z])?{split}([^a-z].*)?\.(bin|npy)"  # not val in retrieval_000.bin
+        names = sorted(name for name in os.listdir(folder) if re.fullmatch(name_of_split, name))
         if not names:
             raise UserError(f"{folder} has no *{split}*.bin or *{split}*.npy shards")
         return [os.path.join(folder, n) for n in names], [None] * len(names), None

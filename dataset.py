@@ -97,8 +97,8 @@ def report_error(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-class Descriptor(io.FileIO):
-    """Drops what cannot be written: a closed pipe or a full disk must not cost a run its checkpoint."""
+class LossyFile(io.FileIO):
+    """Ignores errors when writing: a closed pipe or a full disk must not cost a run its checkpoint."""
 
     def write(self, data):
         try:
@@ -117,13 +117,14 @@ class Terminal(io.TextIOWrapper):
 
 
 def start_script():
-    """Every script calls this first: errors on one line, safe output, and no file gets a closed stdout's descriptor."""
+    """Every script calls this first: for errors on one line, and safe output"""
     sys.excepthook = report_error
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Where stdin, stdout or stderr is closed, the next file to be opened would take its place: open /dev/null instead.
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
     for fd, name in ((1, "stdout"), (2, "stderr")):
-        stream = io.BufferedWriter(Descriptor(fd, "w", closefd=False))
+        stream = io.BufferedWriter(LossyFile(fd, "w", closefd=False))
         encoding = getattr(getattr(sys, name), "encoding", "utf-8")
         setattr(sys, name, Terminal(stream, encoding, "replace", line_buffering=fd == 2 or os.isatty(fd)))
     sys.stdin = sys.stdin or open(os.devnull)
@@ -154,7 +155,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, arguments=None):
         # A shell leaves --out=~/x as it is.
         arguments = sys.argv[1:] if arguments is None else arguments
-        return super().parse_args([re.sub(r"(?<==)~(?=/)", os.path.expanduser("~"), a, count=1) for a in arguments])
+        home = os.path.expanduser("~")
+        return super().parse_args([re.sub(r"^(--\w+=)~(?=/)", lambda m: m[1] + home, a) for a in arguments])
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
@@ -238,8 +240,8 @@ def read_lines(path):
 
 def check_types(value, like):
     """
-    Raises a TypeError unless a value from a file has the types of an example: dicts have its keys, all elements of
-    lists are like its first, and a whole number will do for a float.
+    Raises an error unless a value from a file has the structure of the example `like`: its keys in a dict, elements
+    like its first in a list. An int passes for a float.
     """
     if isinstance(like, dict) and isinstance(value, dict):
         for key in like:
@@ -380,7 +382,8 @@ def encode_chat(enc, template, turns):
     """
     Turns of (prompt, response) -> tokens, and whether each is a target, two lists of equal length. A turn is the
     end-of-text token, the user's marker, the prompt, the assistant's marker and the response (None if still to come).
-    Targets are the responses and the end-of-text after each: it begins the next turn, and is left out after the last.
+    Targets are the responses and the end-of-text after each. It is the first token of the next turn; the one after the
+    last turn is not part of the result.
     """
     user, assistant = encode_marker(enc, template["user"]), encode_marker(enc, template["assistant"])
     tokens, targets = [], []
@@ -422,8 +425,8 @@ def train_bpe(texts, vocab_size, special_tokens=(EOT,)):
     spelled, counts = [word.decode("latin-1") for word in words], list(words.values())
     tokens = {chr(b): bytes([b]) for b in range(256)}
     characters = {token: character for character, token in tokens.items()}
-    # heapq takes the smallest, but of equally frequent pairs we want the greatest: so bytes are mirrored, 255 - byte,
-    # and end in a mark that is greater than all of them, since a prefix compares less.
+    # heapq takes the smallest entry, but of equally frequent pairs we want the greatest: so compare 255 - byte. A
+    # prefix must then come after the longer string: so each string ends in a character greater than any byte.
     mirrored = {chr(b): chr(255 - b) + "\u0100" for b in range(256)}
     pairs, where = Counter(), defaultdict(set)  # how often a pair occurs; the words it occurs in, or once did
     for w, word in enumerate(spelled):
@@ -570,7 +573,7 @@ class Source(NamedTuple):
     read: Callable
     tokens: float = 0  # roughly what it holds, 0 if unknown
     fingerprint: str = ""  # of local files, to notice a changed text
-    n_pieces: int = 0  # of a text that is a single document: its end is held out
+    n_pieces: int = 0  # of a text that is one document, so that its end can be held out; else 0
 
 
 class Worker(NamedTuple):
@@ -583,7 +586,7 @@ class Worker(NamedTuple):
         return f"worker_{self.number:03d}_of_{self.count:03d}"
 
     def settings(self, settings):
-        """All its documents go into one split: the shares of the splits are for the source as a whole."""
+        """A worker writes all documents to train. They are divided when the parts are combined."""
         return {**settings, "splits": "100/0", "worker": f"{self.number}/{self.count}"}
 
 
@@ -614,7 +617,7 @@ def open_source(name, column, doc_sep, worker):
     row = SOURCES.get(name, {})
     if name.startswith("hf:") or "hub" in row:
         return open_hub_source(name, column, worker)
-    if row:
+    if "url" in row:
         paths = [download(row["url"], os.path.join("data", f"{name}.txt"))]
     elif os.path.isdir(name):
         raise UserError(f"{name} is a folder; name its files, such as '{os.path.join(name, '*.txt')}'")
@@ -671,13 +674,14 @@ def open_files(name, paths, column, doc_sep, worker):
 
 def check_divisible(name, n, worker):
     if n < worker.count:
-        raise UserError(f"{name} has files or row groups: {n}, too few for {worker.count} workers")
+        raise UserError(f"{name} has only {n} files or row groups, too few for {worker.count} workers")
 
 
 def open_text(paths, size, doc_sep):
     """
-    -> a function that reads the text, and the number of pieces if it is a single document: these are counted by reading
-    it once. Long documents are read in pieces, so that a text of few documents too can be divided into train and val.
+    -> a function that reads the text, and the number of pieces if it is one document, found by reading it once. Long
+    documents are read in pieces, so that a text of few documents can be divided into train and val too: one document in
+    pieces of 0.3%, several in pieces of at most 5%.
     """
     def pieces_of(share):
         return functools.partial(read_pieces, doc_sep, min(1 << 20, max(64, int(size * share))))
@@ -760,7 +764,7 @@ def read_pieces(doc_sep, piece_chars, path):
             # The last document may continue in the next block; if it is long already, yield the pieces it has so far.
             *unfinished, text = cut_document(text or "\n", piece_chars)
             for i, pieces in enumerate([*documents, unfinished]):
-                begins = begins or i > 0
+                begins = begins or i > 0  # the first may continue a document of the last block
                 for piece in pieces:
                     if begins:
                         piece = piece.lstrip("\n") if piece.strip() else ""
@@ -835,7 +839,7 @@ def import_datasets():
 
 
 def report_retries():
-    """Of what the hub's libraries log, shows only that they try again."""
+    """Silences the logs of the hub's libraries, except for messages about retries."""
     handler = logging.StreamHandler()
     handler.addFilter(lambda record: "retry" in record.getMessage().lower())
     for library in ("datasets", "huggingface_hub"):
@@ -873,8 +877,8 @@ def wait_or_raise(error, name, failures, hint, reached=False):
 
 def outage(error):
     """
-    -> "no connection", "no answer", or "" if the same request would fail again. The libraries raise errors of a dozen
-    others, in chains.
+    -> "no connection", "no answer", or "" if the same request would fail again. The hub's libraries wrap the errors of
+    others, so the causes are followed.
     """
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status:
@@ -943,7 +947,7 @@ def read_batches(sources, position, shares, max_bytes):
     """
     first_source, state, count, n_bytes = position
     for index in range(first_source, len(sources)):
-        n_pieces = 0 if max_bytes else sources[index].n_pieces
+        n_pieces = 0 if max_bytes else sources[index].n_pieces  # not known if the text is cut
         for pieces, state in sources[index].read(state):
             by_split = defaultdict(list)
             for text, begins in pieces:
@@ -1078,7 +1082,7 @@ def remove_if_empty(folder, is_new):
         with contextlib.suppress(OSError):
             if is_new and os.listdir(folder) == [".lock"]:
                 os.remove(os.path.join(folder, ".lock"))
-                os.removedirs(folder)  # and data/NAME/, in which a worker's folder is
+                os.rmdir(folder)
         raise
 
 
@@ -1096,7 +1100,7 @@ def open_parts(out, spec, settings):
                             "workers, remove their folders")
         worker_settings = manifest["settings"]
         expected = {**worker.settings(settings), "source_fingerprint": worker_settings.get("source_fingerprint")}
-        check_same_settings(folder, worker_settings, expected)  # but for the fingerprint, which is of its files alone
+        check_same_settings(folder, worker_settings, expected)  # the fingerprint is that of the worker's own files
         check_shards(folder, manifest["shards"])
         paths += [os.path.join(folder, shard["file"]) for shard in manifest["shards"]]
     print(f"{out}: combining the parts of {count} workers; their folders can be deleted afterwards", flush=True)
@@ -1147,7 +1151,9 @@ def write_shards(out, sources, spec, settings, expected_tokens, from_workers):
     progress_settings = {**settings, "from_workers": from_workers or None}
     state, pending = load_progress(out, progress_settings)
     is_new = state is None
-    if is_new:
+    if not is_new:
+        check_shards(out, state["shards"])
+    else:
         spec = spec if is_trained(spec) else train_tokenizer(sources, spec["name"], settings)
         state = dict(settings=progress_settings, tokenizer=spec, position=(0, None, 0, 0), shards=[])
     enc = get_tokenizer(state["tokenizer"])
@@ -1166,7 +1172,7 @@ def write_shards(out, sources, spec, settings, expected_tokens, from_workers):
             for split, tokens in tokens_by_split.items():
                 writer.add(split, tokens)
             if len(writer.shards) > n_shards:
-                state["position"] = position  # state["shards"] is writer.shards
+                state.update(position=position, shards=writer.shards)
                 save_progress(out, state, {split: np.concatenate(writer.pending[split]) for split in SPLITS})
             bar.update(sum(map(len, tokens_by_split.values())))
     gc.collect()  # a parquet reader abandoned half-way can abort Python's exit (huggingface/datasets 7467)
@@ -1174,7 +1180,7 @@ def write_shards(out, sources, spec, settings, expected_tokens, from_workers):
     if not any(shard["split"] == "train" for shard in writer.shards):
         problem = "too little text to divide into train and val" if writer.shards else "no text"
         raise UserError(f"{settings['source']} holds {problem}")
-    writer.shards.sort(key=lambda shard: SPLITS.index(shard["split"]))  # whichever filled a shard first
+    writer.shards.sort(key=lambda shard: SPLITS.index(shard["split"]))
     write_json(os.path.join(out, MANIFEST), dict(
         version=MANIFEST_VERSION, source=settings["source"], settings=settings, tokenizer=state["tokenizer"],
         tokenizer_fingerprint=tokenizer_fingerprint(enc), vocab_size=enc.n_vocab, eot=enc.eot_token,
@@ -1221,17 +1227,12 @@ def train_tokenizer(sources, name, settings):
         raise UserError(f"tokenizer {name} has no room for 256 bytes and {len(special)} special tokens")
     print(f"training tokenizer {name}", flush=True)
     n_bytes = min(BPE_BYTES, settings["max_bytes"] or BPE_BYTES) / len(sources)
-    texts = (text for source in sources for text in first_texts(source, n_bytes))
+    starts = (read_batches([source], (0, None, 0, 0), (100, 0, 0), n_bytes) for source in sources)
+    texts = (text for start in starts for by_split, _ in start for text, _ in by_split["train"])
     merges = train_bpe(texts, size, special)
     if len(merges) < n_merges:
         print(f"the text has only {len(merges)} pairs to merge: the tokenizer is smaller than {name}", flush=True)
     return dict(name=name, merges=[[a.decode("latin-1"), b.decode("latin-1")] for a, b in merges], special=special)
-
-
-def first_texts(source, n_bytes):
-    for by_split, _ in read_batches([source], (0, None, 0, 0), (100, 0, 0), n_bytes):
-        for text, _ in by_split["train"]:
-            yield text
 
 
 def count_line(shards):
@@ -1381,15 +1382,15 @@ def synthesize(prompts=None, endpoint=None, model=None, request="{}", concurrenc
         print(f"{out}: {len(wanted) - len(todo):,} of {len(wanted):,} prompts have a response", flush=True)
         missing, failures_in_a_row = len(todo), 0
         with progress_bar(len(wanted), "prompts", len(wanted) - len(todo)) as bar:
-            for prompt, response, reason, server_failed in ask_all(url, body, todo, concurrency):
+            for prompt, response, detail, server_failed in ask_all(url, body, todo, concurrency):
                 if response is None:
-                    problem = reason
-                    print(f"no response to {prompt[:60]!r}: {reason}", flush=True)
+                    problem = detail
+                    print(f"no response to {prompt[:60]!r}: {problem}", flush=True)
                     failures_in_a_row += server_failed
                     if failures_in_a_row == MAX_FAILURES:
                         break
                     continue
-                row = dict(prompt=prompt, response=response, model=model, endpoint=url, finish_reason=reason,
+                row = dict(prompt=prompt, response=response, model=model, endpoint=url, finish_reason=detail,
                            time=int(time.time()), request=extra)
                 file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
                 file.flush()

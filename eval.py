@@ -61,7 +61,7 @@ load_cached = functools.lru_cache(maxsize=1)(load)
 
 # -- generating text
 
-class TextRow:
+class Detokenizer:
     """Turns the tokens of one text into printable pieces, up to end-of-text or a stop string."""
 
     def __init__(self, enc, stop):
@@ -91,7 +91,7 @@ def stream_text(model, enc, prompts, max_new_tokens, temperature, top_k, top_p, 
     """Continues prompts, lists of tokens. Yields lists of text pieces, one piece per prompt."""
     tokens = model.stream(prompts, temperature, top_k, top_p, generator)
     stop = [stop] if isinstance(stop, str) else stop
-    rows = [TextRow(enc, stop) for _ in prompts]
+    rows = [Detokenizer(enc, stop) for _ in prompts]
     for _ in range(max_new_tokens):
         yield [row.add(token) for row, token in zip(rows, next(tokens).flatten().tolist())]
         if all(row.ended for row in rows):
@@ -198,8 +198,8 @@ def read_tokens(path, enc, split, limit=None):
 def strided_batches(tokens, T, stride, device, eot=None, batch_tokens=4096):
     """
     Yields batches x, y (B, T) in which every token except the first is a target exactly once. The first window has T
-    targets. Each later one starts `stride` tokens on, and only its new tokens are targets, each with at least
-    T - stride tokens of context. With eot, the token that begins a document, also the document of each token of x.
+    targets. Each later one ends `stride` tokens further on, and only its new tokens are targets, each with at least
+    T - stride tokens of context. If eot is given, a batch also has the number of the document of each token of x.
     """
     n = len(tokens) - 1
     length = min(T, n)
@@ -220,18 +220,18 @@ def strided_batches(tokens, T, stride, device, eot=None, batch_tokens=4096):
 def measure(model, enc, path, split="val", stride=None, limit=None, doc_mask=False):
     """
     -> loss, bits per byte and number of targets on a text or on pairs, and how they were measured. A model that was
-    trained with doc_mask has never seen several documents at once, and must not here.
+    trained with doc_mask never attended across documents, so with doc_mask it does not here either.
     """
     T, device = model.cfg.block_size, model.lm_head.weight.device
-    stride = stride or max(1, T // 2)
-    if stride > T:
-        raise UserError(f"--stride={stride} is more than the context of {T}")
     if dataset.holds_pairs(path):
-        if limit:
-            raise UserError("--limit does not apply to pairs")
+        if limit or stride:
+            raise UserError(f"--{'limit' if limit else 'stride'} does not apply to pairs")
         loader = DataLoader(Pairs(path, enc), "all", 1, T, doc_mask=True, device=device)
-        batches, how = loader.spread(loader.n_rows, max(1, 4096 // T)), "responses, each pair on its own"
+        batches, how = loader.validation_batches(loader.n_rows, max(1, 4096 // T)), "responses, each pair on its own"
     else:
+        stride = stride or max(1, T // 2)
+        if stride > T:
+            raise UserError(f"--stride={stride} is more than the context of {T}")
         tokens = read_tokens(path, enc, split, limit)
         if len(tokens) < 2:
             raise UserError(f"{path} has {len(tokens)} tokens; there is nothing to predict")
@@ -345,7 +345,7 @@ def sampling_options(request, defaults):
     if request.get("max_completion_tokens") is not None:
         request["max_tokens"] = request["max_completion_tokens"]
     options = {**defaults, **{name: request[name] for name in defaults if request.get(name) is not None}}
-    for name, (low, high) in RANGES.items():
+    for name, (low, high) in RANGES.items():  # the command line's defaults may be outside
         value = options[name]
         if value != defaults[name] and (type(value) not in (int, type(high)) or not low <= value <= high):
             raise BadRequest(f"{name} must be a{' whole' if type(high) is int else ''} number from {low} to {high}")
@@ -360,14 +360,14 @@ def sampling_options(request, defaults):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """server.model answers. Requests wait for each other, since one text at a time is generated."""
+    """Answers from server.model, one text at a time: server.generating is a lock."""
     timeout = 60  # seconds to wait for a client to send or receive
 
     def handle(self):
         with contextlib.suppress(OSError):  # the client has gone
             super().handle()
 
-    def do_POST(self):
+    def respond(self):
         route, server = f"{self.command} {self.path.split('?')[0]}", self.server
         try:
             length = self.headers.get("Content-Length", "0")
@@ -389,7 +389,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             error = dict(message=str(e), type="invalid_request_error", param=None, code=e.code)
             self.send("application/json", [json.dumps(dict(error=error))], e.status)
 
-    do_GET = do_POST
+    do_GET = do_POST = respond
 
     def check_sender(self):
         """Refuses pages of other sites, also those whose own name leads to this machine (DNS rebinding)."""
@@ -416,7 +416,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest("the request is not a JSON object") from None
         parts = self.generate(request, options, tokens, is_chat)
         try:
-            first = next(parts)
+            first = next(parts)  # before the status is sent, so that an error can change it
         except UserError as e:
             raise BadRequest(str(e), 500) from None
         chunks = map(json.dumps, itertools.chain([first], parts))
@@ -693,10 +693,12 @@ def parse_options():
     a = p.parse_args()
     in_range = dict(
         temperature=a.temperature == 0 or 1e-4 <= a.temperature < math.inf, top_k=a.top_k >= 0, top_p=0 < a.top_p <= 1,
-        seed=a.seed is None or 0 <= a.seed < 2**63, stop="" not in a.stop)
+        seed=a.seed is None or 0 <= a.seed < 2**63)
     for name, is_in_range in in_range.items():
         if not is_in_range:
             raise UserError(f"--{name}={getattr(a, name)} is out of range")
+    if "" in a.stop:
+        raise UserError("--stop must not be empty")
     measuring = dict(split=a.perplexity, stride=a.perplexity, limit=a.perplexity or a.compare, task=a.compare,
                      data=a.compare)
     for name, is_used in measuring.items():

@@ -58,7 +58,8 @@ def render_lambada(record):
     return dict(ctx=passage, endings=[word], label=0)
 
 
-# Title; dataset on the hub, configuration, split; the columns of a record, and what makes an example of it
+# Title; dataset on the hub, configuration, split; the columns of a record, and what makes an example of it (HellaSwag's
+# are examples already)
 TASKS = {
     "hellaswag": ("HellaSwag", "Rowan/hellaswag", None, "validation", "ctx, endings, label", dict),
     "arc_easy": ("ARC-easy", "allenai/ai2_arc", "ARC-Easy", "test", "question, choices, answerKey", render_arc),
@@ -103,7 +104,7 @@ def read_tasks(tasks, path=None, limit=None):
 
 
 def make_example(task, record, where):
-    """A record, as a dict or as JSON -> an example. It may be a stranger's."""
+    """A record, as a dict or as JSON, perhaps a hostile one -> an example"""
     title, *_, columns, render = TASKS[task]
     try:
         example = render(record if isinstance(record, dict) else json.loads(record))
@@ -111,7 +112,7 @@ def make_example(task, record, where):
         if not isinstance(endings, list) or len(endings) > 10 or int(example["label"]) not in range(len(endings)):
             raise ValueError
         if not all(isinstance(text, str) and text.encode() for text in (example["ctx"], *endings)):
-            raise ValueError  # as does half a surrogate pair
+            raise ValueError  # encode() raises one itself for half a surrogate pair
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{where}: not an example of {title} ({columns})") from None
     return example
@@ -189,13 +190,14 @@ def perplexity(loss):
 
 def split_example(example, enc, block_size=1024):
     """
-    -> the context's tokens, and each ending's. An ending follows its context after a space. If they do not fit into
-    block_size, the context is cut from the left; endings are cut to block_size - 1, so that one token of it remains.
+    -> the context's tokens, and each ending's. An ending follows its context after a space. Without an ending's last
+    token, which is only predicted, they must fit into block_size: the context is cut from the left, to at least one
+    token, and endings to block_size.
     """
     texts = [example["ctx"], *(" " + ending for ending in example["endings"])]
     context, *endings = [encode_text(enc, text) for text in texts]
-    endings = [ending[:block_size - 1] for ending in endings]
-    room = block_size - max(map(len, endings))
+    endings = [ending[:block_size] for ending in endings]
+    room = block_size + 1 - max(map(len, endings))
     return context[-room:], endings
 
 

@@ -28,8 +28,8 @@ from dataset import (TOKENIZER_SPEC, UserError, ask_hub, check_spec, check_types
 GPT2_TOKENS = 50257
 GPT2_PADDED = 50304  # the next multiple of 128: matrix products are faster
 MAX_SIZE = 2**17  # of any number in a shape: a larger one is a mistake or a damaged file
-# All but cuDNN's attention, which is the fastest once it knows a shape, but spends 25 ms or more on each new one
-ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# cuDNN's attention is the fastest in the long run, but spends 25 ms or more on each new shape.
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 CHOICES = {
     "pos": ("learned", "sinusoidal", "rotary"),
@@ -59,7 +59,7 @@ class GPTConfig:
     embed_norm: bool = False  # normalise the embedding of each token
     softcap: float = 0.0  # logits -> c * tanh(logits / c); 0: off
     zero_init: bool = False  # residual projections start at zero instead of GPT-2's scaled normal
-    attention: str = "fused"  # fused (the fastest) | flash (a fused kernel, never cuDNN's) | reference (written out)
+    attention: str = "fused"  # fused (the fastest) | flash (torch's kernel, not cuDNN's) | reference (written out)
 
     def __post_init__(self):
         if not self.n_tokens:
@@ -129,15 +129,18 @@ def sinusoids(T, C):
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)  # (T, C/2, 2) -> (T, C)
 
 
-def rotations(T, hs):
-    """The cosines and signed sines by which rotary positions turn the channels of a head.  -> (2, T, hs)"""
+def rotary_tables(T, hs):
+    """The cosines, and the sines with the signs that rotate() needs.  -> (2, T, hs)"""
     angle = torch.arange(T)[:, None] * 10000 ** (-torch.arange(0, hs, 2) / hs)  # (T, hs/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al., 2021), halves paired.  x (B, nh, T, hs), cos and sin (T, hs)"""
+    """
+    Rotary position embedding (Su et al., 2021). Channel i is paired with i + hs/2.
+    x is (B, nh, T, hs), cos and sin are (T, hs).
+    """
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
@@ -168,10 +171,10 @@ def matmul_attention(q, k, v, bias, dropout=0.0):
     Attention as two batches of matrix products. q (B, nh, T, hs), k and v (B, nh, S, hs); the bias, (T, S) or
     (B, 1, T, S), is -inf where a query must not look. The fused kernels are slower in two cases:
 
-    - On CUDA, one query with a mask: they give all keys of a head to one multiprocessor. With S = 1024 this takes a
-      quarter of their time on an H200.
-    - On a CPU, training in bfloat16: their backward pass makes little use of the instructions for it. With T = 256 this
-      takes a third of their time on an EPYC with AVX512-BF16. The gain shrinks with T, and the scores take memory.
+    - On CUDA, one query with a mask: they do not divide the keys of a head among multiprocessors. With S = 1024 matrix
+      products take a quarter of their time on an H200.
+    - On a CPU, training in bfloat16: their backward pass hardly uses the CPU's bfloat16 instructions. With T = 256
+      matrix products take a third of their time on an EPYC. The gain shrinks with T, and the scores take memory.
     """
     B, nh, S, hs = k.shape
     bias, q, k, v = (t.expand(B, nh, -1, -1).flatten(0, 1) for t in (bias, q, k, v))
@@ -193,13 +196,14 @@ def matmul_attention_is_faster(x):
 
 class Linear(nn.Linear):
     def forward(self, x, rows=None):
-        """All outputs, or those of a slice of the weight's rows"""
+        """All outputs, or those of `rows`, a slice of the weight's rows"""
         weight, bias = self.weight, self.bias
         if rows is not None:
             weight, bias = weight[rows], None if bias is None else bias[rows]
         # For one input a CPU is limited by reading the weights, and half precision is twice as fast. From about eight
-        # on, a CPU without bfloat16 instructions is faster in float32, although the weights must be converted first.
-        is_half, n_inputs = weight.dtype in (torch.bfloat16, torch.float16), x.numel() // x.size(-1)
+        # inputs on, a CPU without bfloat16 instructions is faster in float32, even with the weights' conversion.
+        is_half = weight.dtype in (torch.bfloat16, torch.float16)
+        n_inputs = x.numel() // x.size(-1)
         if is_half and x.device.type == "cpu" and n_inputs >= 8 and not cpu_computes_in(torch.bfloat16):
             bias = None if bias is None else bias.float()
             return F.linear(x.float(), weight.float(), bias).to(x.dtype)
@@ -246,7 +250,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
-            q = q.to(k.dtype)
+            q = q.to(k.dtype)  # a cache may be in float32 where the weights are not
         dropout = self.cfg.dropout if self.training else 0.0
         if self.cfg.attention == "reference":
             y = reference_attention(q, k, v, mask, dropout)
@@ -291,7 +295,7 @@ class Block(nn.Module):
 
 
 def mean_loss(logits, targets):
-    """Over targets (B, T) >= 0, given logits (B, T, vocab)"""
+    """The mean cross-entropy of logits (B, T, vocab) over targets (B, T), those of -1 left out"""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
@@ -315,13 +319,13 @@ class GPT(nn.Module):
     def make_tables(self):
         """Positions that are computed, not learned"""
         T, C = self.cfg.block_size, self.cfg.n_embd
-        # A process's first call of MKL's vector functions chooses their code. When two threads make it together, one
-        # process in 15 gets another last digit than the others. A single element is computed by one thread.
+        # MKL picks a version of its vector functions at the first call. When two threads make it together, the last bit
+        # differs in one process of 15. A single element is computed by one thread.
         torch.zeros(1).cos()
         if self.cfg.pos == "sinusoidal":
             self.register_buffer("sinusoids", sinusoids(T, C), persistent=False)
         if self.cfg.pos == "rotary":
-            self.register_buffer("rotary", rotations(T, C // self.cfg.n_head), persistent=False)
+            self.register_buffer("rotary", rotary_tables(T, C // self.cfg.n_head), persistent=False)
 
     def init_weights(self):
         """GPT-2's: normal(0, 0.02), scaled by 1/sqrt(2 * n_layer) where a layer adds to the residual stream"""
@@ -339,9 +343,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, document=None, with_logits=True):
         """
-        idx (B, T) -> logits (B, T, vocab) and the mean loss over targets >= 0; without targets, the last position's
-        logits only. If `document` (B, T) says which document each position belongs to, attention stays inside it.
-        Training needs the loss alone: logits that are returned cost memory, and a gradient of their size.
+        idx (B, T) -> logits (B, T, vocab) and the mean loss over targets other than -1; without targets, the last
+        position's logits only. If `document` (B, T) says which document each position belongs to, attention stays
+        inside it. Without logits, as in training, the memory for them and for their gradient is saved.
         """
         x = self.hidden(idx) if document is None else self.hidden(idx, *isolate_documents(document))
         if targets is None:
@@ -371,13 +375,13 @@ class GPT(nn.Module):
         mask, True where a position may attend to another, or its attention_bias, is causal unless given. With a cache,
         keys and values are stored in it, and attention covers everything stored.
         """
-        if positions is None:  # a row with given positions may be longer: HellaSwag puts four endings into one
+        if positions is None:  # else a row may be longer: HellaSwag puts a context and four endings into one
             T = idx.size(1)
             assert T <= self.cfg.block_size, f"{T} tokens exceed block_size={self.cfg.block_size}"
             positions = slice(T)
         x = self.transformer.wte(idx)  # (B, T) -> (B, T, C)
         if self.cfg.pos == "learned":
-            # Not weight[positions], whose gradient several threads would add up in any order.
+            # With (B, T) positions, weight[positions] would have a gradient that threads add up in any order.
             wpe = self.transformer.wpe
             x = x + (wpe.weight[positions] if isinstance(positions, slice) else wpe(positions))
         elif self.cfg.pos == "sinusoidal":
@@ -393,7 +397,7 @@ class GPT(nn.Module):
             if mask is None:
                 mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril()
             mask = attention_bias(mask, x.dtype)
-        with contextlib.nullcontext() if self.training else sdpa_kernel(ANY_SHAPE):
+        with contextlib.nullcontext() if self.training else sdpa_kernel(NOT_CUDNN):
             for block in self.transformer.h:
                 if self.grad_checkpoint and self.training:
                     x = checkpoint(block, x, rotary, mask, use_reentrant=False)
@@ -401,9 +405,9 @@ class GPT(nn.Module):
                     x = block(x, rotary, mask, cache)
         return self.transformer.ln_f(x)
 
-    def logits(self, x, ids=None):
-        """Final hidden states, (..., C) -> logits, (..., vocab), or those of a slice of the vocabulary"""
-        logits = self.lm_head(x, ids)
+    def logits(self, x, rows=None):
+        """Final hidden states, (..., C) -> logits, (..., vocab), or those of `rows`, a slice of the vocabulary"""
+        logits = self.lm_head(x, rows)
         if self.cfg.softcap:
             logits = self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap)
         return logits
@@ -446,9 +450,10 @@ class GPT(nn.Module):
         cache, new = KVCache(self, len(prompts)), []
         self.eval()
         try:
-            # Not during training, where memory is short, nor under autocast, which converts the weights in every step.
-            is_free = not (was_training or torch.is_autocast_enabled("cuda"))
-            cache.use_graph = device.type == "cuda" and is_free and self.cfg.attention != "reference"
+            # A step is recorded as a CUDA graph, but not during training, where memory is short, nor under autocast,
+            # which converts the weights in every step.
+            may_record = not (was_training or torch.is_autocast_enabled("cuda"))
+            cache.use_graph = device.type == "cuda" and may_record and self.cfg.attention != "reference"
             x = self.prefill(prompts, cache)
             while True:
                 logits = self.logits(x)[:, :self.cfg.n_tokens]
@@ -460,7 +465,7 @@ class GPT(nn.Module):
                     # A row has n + 1 tokens: n in the cache, and the newest. A full row keeps its newer half.
                     keep = [n + 1 if n < T else max(1, n // 2) for n in cache.lengths]
                     rows = zip(prompts, torch.cat(new, dim=1), keep)
-                    prompts, new = [torch.cat((prompt, tokens))[-n:] for prompt, tokens, n in rows], []
+                    prompts, new = [torch.cat((prompt, tokens))[-k:] for prompt, tokens, k in rows], []
                     x = self.prefill(prompts, cache)
         finally:
             self.train(was_training)
@@ -546,8 +551,8 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.lengths = [0] * B
         self.rows = torch.arange(B, device=weight.device)
-        # Set before each pass: where the next keys and values go, a slice of positions or one position per row, and up
-        # to where attention reads.
+        # Set before each pass: where the next keys and values go, a slice of positions or one position per row, and the
+        # end of what attention reads.
         self.write_at, self.end = None, 0
         self.use_graph, self.graph = False, None  # whether a step is recorded as a CUDA graph, and that graph
 
@@ -563,7 +568,7 @@ class KVCache:
 
 
 class StepGraph:
-    """decode_rows as a CUDA graph: launching its hundreds of small kernels one by one takes longer than they do."""
+    """decode_rows as a CUDA graph: launching its hundreds of small kernels one by one would take most of the time."""
 
     def __init__(self, model, token, lengths, cache):
         self.token, self.lengths, self.graph = token.clone(), lengths.clone(), torch.cuda.CUDAGraph()
@@ -643,7 +648,7 @@ def autocast(device, dtype):
 
 
 def compute_dtype(tensor):
-    """That of autocast, where it is on, else the tensor's"""
+    """Autocast's dtype if autocast is on, else the tensor's"""
     device_type = tensor.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
 
@@ -729,7 +734,7 @@ def load_file(path, mapped=False):
                 raise ValueError("compressed")
             if part := archive.testzip():
                 raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
-    classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    classes = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
     configs = [(ForeignConfig, name) for name in classes if name.endswith(".GPTConfig")]
     with torch.serialization.safe_globals(configs):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
@@ -753,7 +758,7 @@ def join_parts(parts, join):
 def read_checkpoint(path, mapped=False):
     """
     -> a checkpoint as a dict, its entries checked as far as a model and its tokenizer need them. If it is in parts, its
-    weights are put together here; each moment of an optimizer is the list of its parts.
+    weights are joined here; an optimizer's tensors become lists, of one part per process.
     """
     files = checkpoint_files(path)
     if not files:
@@ -964,7 +969,7 @@ def import_gpt2(config, weights, name):
 
 
 def import_config(config, name):
-    """The config.json of a Hugging Face GPT-2 -> GPTConfig; an error if it differs from GPT-2 in what we lack"""
+    """The config.json of a Hugging Face GPT-2 -> GPTConfig; an error if it uses what we do not support"""
     if missing := {"n_positions", "vocab_size", "n_layer", "n_head", "n_embd"} - config.keys():
         raise UserError(f"{name}: its config.json lacks {', '.join(sorted(missing))}")
     fixed = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
@@ -982,7 +987,7 @@ def import_config(config, name):
 
 
 def export_config(cfg, eot, dtype):
-    """GPTConfig -> the config.json of a Hugging Face NanoChat or GPT-2; an error if the model has what both lack"""
+    """GPTConfig -> the config.json of a Hugging Face NanoChat or GPT-2; an error if neither supports the model"""
     common = dict(vocab_size=cfg.n_tokens, bos_token_id=eot, eos_token_id=eot, torch_dtype=str(dtype)[6:])
     lacking = [k for k, value in {**MODERN, "head_bias": False}.items() if getattr(cfg, k) != value]
     if not lacking:
@@ -1034,7 +1039,7 @@ def swap_halves(weight, n_head):
 
 @torch.no_grad()
 def nanochat_weights(model):
-    """NanoChat's norms have no gains: the matrices that follow them are multiplied instead."""
+    """NanoChat's norms have no gains, so each is multiplied into the matrix that follows."""
     n, n_head = model.cfg.n_tokens, model.cfg.n_head
     weights = {"model.embed_tokens.weight": model.transformer.wte.weight[:n],
                "lm_head.weight": model.lm_head.weight[:n] * model.transformer.ln_f.weight}

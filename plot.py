@@ -22,12 +22,12 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
          "axes.titlesize": 9, "grid.color": "#e6e6e6", "axes.edgecolor": "#888888", "legend.frameon": False}
 DARK = {"figure.facecolor": "#161616", "axes.facecolor": "#161616", "grid.color": "#333333", **dict.fromkeys(
     ["text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], "#dddddd")}
-# Is my loss normal? Validation losses of runs on two CPU cores, {(recipe, data): {tokens: loss}}
+# To compare with: validation losses of runs on two CPU cores, {(recipe, data, parameters): {tokens: loss}}
 TYPICAL = {
-    ("tiny", "input.txt"): {
+    ("tiny", "input.txt", 1_311_872): {
         102_400: 4.465, 204_800: 4.188, 307_200: 4.050, 409_600: 3.961, 512_000: 3.872, 614_400: 3.799, 716_800: 3.745,
         819_200: 3.693, 921_600: 3.634, 1_024_000: 3.605},
-    ("shakespeare", "shakespeare"): {256_000: 1.993, 512_000: 1.878, 768_000: 1.744, 1_024_000: 1.654},
+    ("shakespeare", "shakespeare", 836_736): {256_000: 1.993, 512_000: 1.878, 768_000: 1.744, 1_024_000: 1.654},
 }
 
 
@@ -49,7 +49,7 @@ def read_log(path):
     for line in lines:
         try:
             if line.startswith("#"):
-                header = read_header(line[1:])
+                header = read_header(line[1:]) or header
                 continue
             step, stream, value, *rest = line.split()
             fields = dict(pair.split("=", 1) for pair in rest)
@@ -63,7 +63,10 @@ def read_log(path):
 
 
 def read_header(text):
-    """-> a run's settings, and scores to compare with, as far as they are valid"""
+    """
+    -> how much of each kind of x axis one step (tokens, FLOPs) or one second (minutes, hours, dollars) adds, and what
+    to compare the run with; {} if the header is not valid
+    """
     try:
         header = json.loads(text)
         config = header["config"]
@@ -71,7 +74,8 @@ def read_header(text):
         if not 0 < tokens < 2**53:
             return {}
         references = {str(k): float(v) for k, v in header.get("references", {}).items()}
-        source = str(header.get("recipe", "")), os.path.basename(str(config.get("data", "")))
+        source = (str(header.get("recipe", "")), os.path.basename(str(config.get("data", ""))),
+                  int(header.get("parameters", 0)))
         return dict(source=source, tokens=tokens, minutes=1 / 60, hours=1 / 3600,
                     FLOPs=tokens * float(header.get("flops_per_token", 0)),
                     dollars=float(header.get("world_size", 1)) * float(price) / 3600, references=references)
@@ -89,8 +93,8 @@ def smooth(values, span):
     return smoothed
 
 
-def horizontal(kind, streams, header):
-    """-> what turns a step into tokens, hours, ..., or None if the log does not say enough"""
+def step_converter(kind, streams, header):
+    """-> a function from steps to tokens, hours, ..., or None if the log does not say enough"""
     if kind == "step":
         return lambda step: step
     if not header.get(kind):
@@ -141,7 +145,7 @@ def draw_losses(ax, streams, to_x, color, prefix):
 
 
 def draw_typical(ax, logs, kind):
-    """The losses of another run of the same recipe on the same text, if the logs are of one, with steps of one size"""
+    """The losses of a typical run, if all logs are of its recipe, text, model size and batch size"""
     sources = {(header.get("source"), header.get("tokens")) for _, header in logs}
     source, tokens_per_step = sources.pop()
     typical = TYPICAL.get(source)
@@ -161,10 +165,10 @@ def zoom_in(ax, losses):
 def read_logs(paths, kind):
     """-> the logs, and for each what turns its steps into tokens, hours, ..."""
     logs = [read_log(path) for path in paths]
-    to_xs = [horizontal(kind, *log) for log in logs]
+    to_xs = [step_converter(kind, *log) for log in logs]
     for path, to_x in zip(paths, to_xs):
         if not to_x:
-            fail(f"{path} does not say how many {kind} a step has; plot by steps")
+            fail(f"{path} lacks what --x={kind} needs; leave it out")
     return logs, to_xs
 
 
@@ -178,7 +182,7 @@ def print_chart(paths, kind="step"):
         curves.append([(x, y) for x, y in zip(xs, ys) if 0 <= x < math.inf and abs(y) < 1e9])
     losses = sorted(y for curve in curves for _, y in curve)
     if not losses:
-        fail("nothing is logged yet")
+        fail("nothing logged yet")
     low, high = losses[0], losses[int(0.97 * (len(losses) - 1))]  # the first steps are far above the rest
     right, grid = max(x for curve in curves for x, _ in curve) or 1, [[" "] * width for _ in range(height)]
     for letter, curve in zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), curves):

@@ -63,7 +63,7 @@ data = "data/fineweb-edu"  # a folder that dataset.py wrote, or a file: text, .j
 tokenizer = "gpt2"  # for a file in data: gpt2, byte, bpe:N, a folder of prepared data, or model (that of init_from)
 out_dir = "."  # log.txt and checkpoints/ go here
 init_from = ""  # start from these weights: a checkpoint, a run's folder, a Hugging Face folder, or a name such as gpt2
-resume = ""  # continue a run: newest (also without a value), a checkpoint, a folder, or auto (newest if there is one)
+resume = ""  # continue from: newest (also without a value), a checkpoint, a run's folder, or auto (newest, if any)
 new_data = False  # resume even though the data is not what the checkpoint was trained on
 seed = 1337  # of weights, dropout and data order
 total_batch_size = 524_288  # tokens per step, over all processes
@@ -82,13 +82,13 @@ muon_lr = 0.0  # of Muon's matrices, on the same schedule; 0: max_lr
 min_lr = 6e-5  # at the end
 warmup_steps = 715  # of linear warm-up
 schedule = "cosine"  # cosine | wsd (warm-up, constant, linear decay)
-cooldown = 0.4  # the share of all steps in which wsd decays
+cooldown = 0.4  # wsd decays over this last share of the steps
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
 grad_clip = 1.0  # largest gradient norm; 0: no limit
-spike_guard = 0.0  # skip a step whose loss or norm is this many standard deviations above the last 128; 0: never
+spike_guard = 0.0  # skip a step whose loss or norm is this many deviations above the mean of the last 128; 0: never
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16 | float16
 tf32 = True  # multiply float32 matrices in TensorFloat-32 on CUDA
@@ -100,7 +100,7 @@ deterministic = False  # bit-for-bit repeatable on CUDA too, at some cost in spe
 val_interval = 250  # steps between validations; 0: never
 val_tokens = 10_485_760  # tokens per validation, spread evenly over the val split
 patience = 0  # stop after this many validations in a row without improvement, and save each new best; 0: never
-ckpt_interval = 1000  # steps between checkpoints; the last step is saved too; 0: never
+ckpt_interval = 1000  # steps between checkpoints; the last step is saved too; 0: only when stopped, or by patience
 ckpt_shards = False  # with zero2 or zero3: each process writes its part, and a checkpoint becomes a folder of files
 keep = 3  # newest checkpoints to keep, in addition to the best one
 sample_interval = 250  # steps between samples; 0: never
@@ -121,7 +121,7 @@ SETTINGS = {k: v for k, v in globals().items() if k[0] != "_" and k.islower() an
 # The fields of GPTConfig are options too. vocab_size=0 is the tokenizer's size, rounded up to a multiple of 128.
 SHAPE = {f.name: f.default for f in dataclasses.fields(GPTConfig) if f.name != "n_tokens"} | {"vocab_size": 0}
 SETTINGS |= SHAPE
-# Those that this file uses by name; globals().update(settings) sets the rest.
+# globals().update(settings) sets all; these are used by name below.
 block_size, vocab_size, dropout, attention = (SHAPE[k] for k in ("block_size", "vocab_size", "dropout", "attention"))
 
 ALLOWED = {
@@ -140,7 +140,7 @@ NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "gpu", "b
 MAY_CHANGE = ("dropout", "attention")  # the fields of GPTConfig that may differ from those of a checkpoint
 RECENT = 128  # steps that a spike is measured against
 MOMENTUM_WARMUP = 300  # steps
-UNKNOWN_STEPS = 2**40
+UNKNOWN_STEPS = 2**40  # max_steps with max_minutes, until a step has been timed
 MAX_SKIPPED = 20  # steps in a row that may be skipped
 NOTICE_SECONDS = 60  # until processes that have not started are named
 START_SECONDS = 1800  # until a run without them ends; they may be downloading a model
@@ -205,7 +205,7 @@ WORK = {
     "attention": "flash|attention|fmha|sdpa|aten::_softmax", "optimizer": "adam|muon|multi_tensor|foreach|vector_norm",
     "loss": "softmax|nll|cross_entropy|logsumexp", "matmul": "mm|gemm|nvjet|cutlass|xmma", "data": "memcpy|pin_memory"}
 
-# Dense bf16 (fp16 before Ampere) TFLOP/s with fp32 sums, from the makers' data sheets
+# Dense bf16 (fp16 before Ampere) TFLOP/s with float32 accumulation, from the vendors' data sheets
 PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
                "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
                "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71}
@@ -280,7 +280,7 @@ def read_config(path):
                 raise UserError(f"{path} needs a package: pip install pyyaml") from None
             with open(path, encoding="utf-8") as f:
                 values = yaml.safe_load(f)
-        for _ in range(10):  # levels: not without end, since YAML can contain itself
+        for _ in range(10):  # levels at most: in YAML a section can contain itself
             sections = [v for v in values.values() if isinstance(v, dict)]
             values = {k: v for k, v in values.items() if not isinstance(v, dict)}
             for section in sections:
@@ -311,8 +311,10 @@ def configure(argv):
         raise UserError("max_minutes cannot be combined with max_steps or epochs")
     if asked.get("ckpt_shards") and settings["parallel"] == "ddp":
         raise UserError("ckpt_shards needs --parallel=zero2 or zero3")
-    if settings["max_minutes"] and settings["profile"]:
-        raise UserError("profile needs max_steps or epochs, not max_minutes: it times the last steps")
+    if settings["profile"] and (settings["max_minutes"] or settings["patience"]):
+        raise UserError("profile times the last steps, so it needs max_steps or epochs, and no max_minutes or patience")
+    if settings["min_lr"] > settings["max_lr"]:
+        raise UserError(f"min_lr={settings['min_lr']:g} is above max_lr={settings['max_lr']:g}; lower it too")
     if unknown := [name for name in map(str.strip, settings["gpu"].split(",")) if name not in PEAK_TFLOPS]:
         raise UserError(f"gpu={unknown[0]} is none of {', '.join(PEAK_TFLOPS)}")
     if asked.get("patience") and not settings["val_interval"]:
@@ -396,7 +398,8 @@ def get_lr(step):
     if schedule == "cosine":
         progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
         return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
-    left = min(1.0, (max_steps - step) / max(1, round(cooldown * max_steps)))
+    decay_steps = min(round(cooldown * max_steps), max_steps - warmup_steps)
+    left = min(1.0, (max_steps - step) / max(1, decay_steps))
     return min_lr + left * (max_lr - min_lr)
 
 
@@ -436,8 +439,8 @@ def steps_in_time(run, times, device):
     if not times and not run["step"]:
         return UNKNOWN_STEPS
     seconds = statistics.median(times[-20:]) if times else max(run["seconds"] / run["step"], 1e-9)
-    [left, processes] = all_sum(device, (60 * max_minutes - run["seconds"]) / seconds, 1)
-    return run["step"] + max(0, int(left / processes))
+    sum_left, n = all_sum(device, (60 * max_minutes - run["seconds"]) / seconds, 1)
+    return run["step"] + max(0, int(sum_left / n))  # the mean over n processes
 
 
 def step_label(step):
@@ -484,7 +487,7 @@ def is_due(interval, run):
 
 
 def dollars(seconds, world_size):
-    """8 GPUs at $20.50 an hour together are usd_per_gpu_hour=2.5625; 2.5 hours of them cost $51.25."""
+    """The cost of this time on all GPUs: 2.5 hours of 8 at usd_per_gpu_hour=2.5625 are $51.25."""
     return seconds / 3600 * world_size * usd_per_gpu_hour
 
 
@@ -573,7 +576,8 @@ def wait_for_processes(rank, world_size):
             multi_tenant=True)
     keys = [f"machine/{r}" for r in range(world_size)]
     store.set(keys[rank], socket.gethostname())
-    notice_at, give_up_at = NOTICE_SECONDS, START_SECONDS + (2 if is_host else 0)  # the host last: others ask it
+    notice_at = NOTICE_SECONDS
+    give_up_at = START_SECONDS + (2 if is_host else 0)  # the host last: the others read its store
     began = time.monotonic()
     while not store.check(keys):
         waited = time.monotonic() - began
@@ -653,8 +657,8 @@ def all_sum(device, *numbers):
 
 def training_dtype(device, is_chosen, is_main=True):
     """
-    What matrices are multiplied in; the weights and the optimizer's moments are in float32. A recipe's float16, unlike
-    one that the user chose, becomes float32 on a CPU that is slow in it.
+    What matrices are multiplied in; the weights and the optimizer's moments are in float32. On a CPU that is slow in
+    float16, a recipe's float16 becomes float32; the user's own choice is obeyed.
     """
     picked = pick_dtype(dtype, device)
     if picked == torch.float16 and device.type == "cpu" and not is_chosen and not cpu_computes_in(picked):
@@ -709,7 +713,7 @@ def open_data(spec, is_local_main):
         raise UserError(f"there is no data {data}; {hint}")
     if dataset.holds_pairs(path):
         enc = dataset.get_tokenizer(spec)
-        with contextlib.redirect_stdout(sys.stdout if is_local_main else None):
+        with contextlib.redirect_stdout(sys.stdout if is_local_main else None):  # print() does nothing then
             return Pairs(path, enc), spec, enc
     folder = text_folder(spec)
     if is_local_main:
@@ -734,8 +738,10 @@ def check_tokenizers(spec, required, asked):
     for name, theirs in required.items():
         if theirs and theirs != spec:
             raise UserError(f"{name} uses tokenizer {theirs['name']}, but the data uses another, {spec['name']}")
-    if asked.get("tokenizer", "model") != "model" and dataset.parse_tokenizer(tokenizer)["name"] != spec["name"]:
-        raise UserError(f"{data} uses tokenizer {spec['name']}, not {tokenizer}")
+    if asked.get("tokenizer", "model") != "model":
+        wanted = dataset.parse_tokenizer(tokenizer)
+        if wanted != (spec if dataset.is_trained(wanted) else {"name": spec["name"]}):
+            raise UserError(f"{data} uses tokenizer {spec['name']}, not {tokenizer}")
 
 
 def open_held_out(source, options):
@@ -784,7 +790,7 @@ def loss_fn(model, teacher_model, x, y, *document):
     if teacher_model is None:
         return loss
     with torch.inference_mode(), torch.autocast(x.device.type, enabled=False):
-        teacher_logits = teacher_model(x, y, *document)[0]
+        teacher_logits = teacher_model(x, y, *document)[0]  # without y, of the last position only
     n = teacher_model.cfg.n_tokens  # the two may be padded differently
     return distill(loss, logits[..., :n], teacher_logits[..., :n], y)
 
@@ -801,10 +807,12 @@ def distill(loss, logits, teacher_logits, targets):
 def muon_groups(model):
     """With optimizer=muon, the matrices of the blocks, grouped by shape. c_attn is three in one: for q, k and v."""
     groups = []
+    if optimizer != "muon":
+        return groups
     for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
         matrices = [block.get_submodule(name).weight for block in model.transformer.h]
         groups.append(dict(params=matrices, parts=3 if name == "attn.c_attn" else 1))
-    return groups if optimizer == "muon" else []
+    return groups
 
 
 def make_optimizers(model, device, amp_dtype):
@@ -908,12 +916,12 @@ def shard_model(model, device, amp_dtype, world_size):
 
 
 def average_in_bfloat16(group, bucket):
-    """DDP's own hook for this. DDP refuses it by its name where gradients are not sent by NCCL."""
+    """bf16_compress_hook by another name: by its own, DDP refuses it where gradients are not sent by NCCL."""
     return bf16_compress_hook(group, bucket)
 
 
 def gathered(tensor):
-    """A tensor put together from all processes, which must all call this, if it is sharded"""
+    """The full tensor of one that may be sharded; then every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -1012,7 +1020,9 @@ def try_step(model, teacher_model, device, amp_dtype, B, shares):
     and for what DDP and NCCL take. A validation needs less; its code is compiled here, too. A model that
     will be sharded is still whole here: its weights and gradients stand for the blocks that are gathered in training.
     """
-    floats = 3 if shares == 1 else max(0, 4 / shares - 1)  # per parameter, besides the two that are here
+    # Per parameter a step needs 5 floats: weight, two moments, two gradients. If sharded, it needs a share of four of
+    # them, and one gathered weight. Two are here.
+    floats = 3 if shares == 1 else max(0, 4 / shares - 1)
     room = [torch.empty(int(floats * p.numel()), device=device) for p in model.parameters()]
     if device.type == "cuda":
         room.append(torch.empty(2**30, dtype=torch.uint8, device=device))
@@ -1031,38 +1041,48 @@ def out_of_memory_advice(B):
     return "out of memory; what helps, cheapest first: " + ", ".join(k for k, helps in advice.items() if helps)
 
 
-def add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size):
+def add_micro_batches(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size):
     """
     Forward and backward for every micro-batch of this process's share of a step.  -> its part of the step's loss, times
-    world_size, or None if a single process ran out of memory: the caller may retry with a smaller micro-batch
+    world_size
     """
-    before, accumulate = loader.state_dict(), sequences // loader.B
-    target_count, loss = loader.next_target_count(sequences * world_size), 0.0
-    try:
-        for micro_step in range(accumulate):
-            x, y, *document = loader.next_batch()
-            # DDP exchanges gradients, and ZeRO-2 frees full weights, only after the last micro-batch.
-            if world_size > 1 and parallel == "ddp":
-                model.require_backward_grad_sync = micro_step == accumulate - 1
-            elif world_size > 1 and parallel == "zero2":
-                model.set_reshard_after_backward(micro_step == accumulate - 1)
-            # The step's loss is the mean over all its targets, however they are divided: a micro-batch counts by its
-            # share of them. Times world_size, since DDP and fully_shard average the gradients of the processes.
-            weight = (y >= 0).sum() * (world_size / target_count)
-            with autocast(x.device, amp_dtype):
-                part = loss_fn(model, teacher_model, x, y, *document) * weight
-            loss += part.detach()
-            scaler.scale(part).backward()
-        return loss
-    except RuntimeError as e:  # as torch.OutOfMemoryError is
-        if "out of memory" not in str(e):
-            raise
-        if world_size > 1 or loader.B == 1:  # other processes would wait for this one
-            raise UserError(out_of_memory_advice(loader.B) + "; then --resume") from None
-    loader.load_state_dict(before)
-    model.zero_grad(set_to_none=True)
-    gc.collect()  # switched off during the steps
-    torch.cuda.empty_cache()
+    accumulate, loss = sequences // loader.B, 0.0
+    target_count = loader.next_target_count(sequences * world_size)
+    for micro_step in range(accumulate):
+        x, y, *document = loader.next_batch()
+        # DDP exchanges gradients, and ZeRO-2 frees full weights, only after the last micro-batch.
+        if world_size > 1 and parallel == "ddp":
+            model.require_backward_grad_sync = micro_step == accumulate - 1
+        elif world_size > 1 and parallel == "zero2":
+            model.set_reshard_after_backward(micro_step == accumulate - 1)
+        # The step's loss is the mean over all its targets, however they are divided: a micro-batch counts by its share
+        # of them. Times world_size, since DDP and fully_shard average the gradients of the processes.
+        weight = (y >= 0).sum() * (world_size / target_count)
+        with autocast(x.device, amp_dtype):
+            part = loss_fn(model, teacher_model, x, y, *document) * weight
+        loss += part.detach()
+        scaler.scale(part).backward()
+    return loss
+
+
+def add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size):
+    """add_micro_batches; a single process that runs out of memory begins again with smaller ones"""
+    before = loader.state_dict()
+    while True:
+        try:
+            return add_micro_batches(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size)
+        except RuntimeError as e:  # torch.OutOfMemoryError is one
+            if "out of memory" not in str(e):
+                raise
+            if world_size > 1 or loader.B == 1:  # other processes would wait for this one
+                raise UserError(out_of_memory_advice(loader.B) + "; then --resume") from None
+        smaller = max(d for d in divisors(sequences) if d < loader.B)
+        print(f"out of memory with a micro-batch of {loader.B}; retrying with {smaller}", flush=True)
+        loader.load_state_dict(before)
+        loader.B = smaller
+        model.zero_grad(set_to_none=True)
+        gc.collect()  # switched off during the steps
+        torch.cuda.empty_cache()
 
 
 # -- checkpoints and the log
@@ -1150,7 +1170,7 @@ class Saver:
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
             self.writing = writer.submit(write_checkpoint, path, dict(
                 constants, step=run["step"], run=copy.deepcopy(run), model=weights, optimizers=moments, rng=rng,
-                scaler=scaler.state_dict(), loader=loader.state_dict()))
+                scaler=scaler.state_dict(), loader=loader.state_dict(), micro_batch=loader.B))
 
     def finish(self, run):
         """Waits until the last checkpoint is written.  -> whether that worked, the same on all processes"""
@@ -1199,7 +1219,7 @@ def write_checkpoint(path, ckpt):
 def remove_unfinished():
     """Removes what a kill, or a full disk, in the middle of a save has left."""
     folder = os.path.join(out_dir, "checkpoints")
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():  # a lost disk must not end the run
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():  # the folder may have vanished
         path = os.path.join(folder, name)
         if name.endswith(".tmp") or re.fullmatch(r"model_\d+\.pt", name) and not checkpoint_files(path):
             remove_path(path)
@@ -1281,9 +1301,9 @@ class Log:
 def prepare_out_dir(run, ckpt):
     """Renames an older run's files, or checkpoints later than the one resumed from: nothing is overwritten."""
     log, checkpoints = os.path.join(out_dir, "log.txt"), os.path.join(out_dir, "checkpoints")
-    resuming = ckpt and os.path.samefile(os.path.dirname(ckpt["path"]) or ".", checkpoints)
+    resumes_here = ckpt and os.path.samefile(os.path.dirname(ckpt["path"]) or ".", checkpoints)
     remove_unfinished()
-    if resuming:
+    if resumes_here:
         old = [path for path in find_checkpoints(out_dir) if checkpoint_step(path) > run["step"]]
     else:
         old = [log] if os.path.exists(log) else []
@@ -1293,15 +1313,28 @@ def prepare_out_dir(run, ckpt):
         while os.path.exists(f"{stem}.{number}{ending}"):
             number += 1
         os.rename(path, f"{stem}.{number}{ending}")
-        why = "is later than the checkpoint resumed from" if resuming else "was here before this run"
+        why = "is later than the checkpoint resumed from" if resumes_here else "was here before this run"
         print(f"{os.path.normpath(path)} {why}: renamed to {os.path.normpath(f'{stem}.{number}{ending}')}")
     os.makedirs(checkpoints, exist_ok=True)
+
+
+def is_shared(folder, device):
+    """Whether all processes see a file that the first one writes"""
+    path = [os.path.join(folder, f".{time.time_ns()}")]
+    dist.broadcast_object_list(path)
+    if dist.get_rank() == 0:
+        open(path[0], "w").close()
+    dist.barrier()
+    n_blind = all_sum(device, not os.path.exists(path[0]))[0]
+    if dist.get_rank() == 0:
+        os.remove(path[0])
+    return n_blind == 0
 
 
 def start_wandb(run, config):
     """A resumed run continues under its id."""
     try:
-        from wandb import Error, init  # a folder named wandb, which wandb creates, has neither
+        from wandb import Error, init  # an error too if there is only wandb's folder of logs
     except ImportError:
         raise UserError("--wandb_project needs a package: pip install wandb") from None
     try:
@@ -1452,7 +1485,7 @@ def evaluate(run, log, model, held_out, byte_lengths, examples, enc, template, B
         if not (is_due(val_interval, run) if is_val else val_interval and is_last(run)):
             continue
         n_rows = max(1, val_tokens // block_size) if is_val else loader.n_rows
-        sums = hellaswag.sum_losses(model, loader.spread(n_rows, B), byte_lengths, should_stop)
+        sums = hellaswag.sum_losses(model, loader.validation_batches(n_rows, B), byte_lengths, should_stop)
         nats, tokens, n_bytes, stopped = all_sum(device, *sums, should_stop())
         if stopped:
             return False
@@ -1513,7 +1546,7 @@ def log_step(log, run, loss, norm, lr, seconds, flops_per_token, peak, world_siz
                   tok_s=f"{rate:.0f}", mfu=mfu)
     if usd_per_gpu_hour:
         fields["usd"] = f"{run['usd']:.4f}"
-    left = tqdm.format_interval(60 * max_minutes - run["seconds"] if max_minutes else (max_steps - step) * seconds)
+    left = tqdm.format_interval(60 * max_minutes - run["seconds"] if max_minutes else (max_steps - step - 1) * seconds)
     what = "distillation loss" if teacher else "loss"
     log.record(step, "train", loss, f"{what} {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
                f"{1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | {left} left", **fields)
@@ -1543,22 +1576,21 @@ def write_profile(profiler, seconds):
 
 
 def print_summary(run, stopped, problem):
-    why = f", no better validation loss in {patience}" if out_of_patience(run) else ""
+    why = f", no better validation loss in {patience} validations" if out_of_patience(run) else ""
     cost = f", ${run['usd']:.2f}" if usd_per_gpu_hour else ""
     minutes = f"{run['seconds'] / 60:.1f} minutes of training"
     print(f"{'stopped' if stopped else 'done'} at step {run['step']}{why}: {minutes}{cost}")
     if problem:
         print(problem)
-    if patience and run["best"]["step"] >= 0:
-        print(f"best: step {run['best']['step']}, validation loss {run['best']['loss']:.4f}: "
-              f"{checkpoint_path(run['best']['step'])}")
+    paths, best = find_checkpoints(out_dir), checkpoint_path(run["best"]["step"])
+    if patience and best in paths:
+        print(f"best: step {run['best']['step']}, validation loss {run['best']['loss']:.4f}: {best}")
     if stopped:
         print("to continue: the same command with --resume")
-    elif paths := find_checkpoints(out_dir):
+    elif paths:
         path, where = paths[-1], "" if out_dir == "." else f" --out_dir={shlex.quote(out_dir)}"
-        if patience and 0 <= run["best"]["step"] < run["step"]:
-            path = checkpoint_path(run["best"]["step"])
-            where = f" --ckpt={shlex.quote(path)}"
+        if patience and best in paths and best != path:
+            path, where = best, f" --ckpt={shlex.quote(best)}"
         print(f"{path}; to try it: python eval.py{where}")
     values = dict(val_loss=run["last_val"]["loss"], bpb=run["last_val"]["bpb"], hellaswag=run["hella"], usd=run["usd"])
     values = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -1581,23 +1613,27 @@ if __name__ == "__main__":
         raw_model, model_spec = initial_model(settings, asked)
     globals().update(settings)
     spec = model_spec if tokenizer == "model" and model_spec else dataset.parse_tokenizer(tokenizer)
-    launch = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1") if dry_run else {}  # a plan may be for many processes
+    # WORLD_SIZE=8 python train.py --dry_run plans for eight processes.
+    launch = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1") if dry_run else {}
     rank, local_rank, world_size = read_launch({**launch, **os.environ})
     is_main, is_local_main = rank == 0, local_rank == 0
     sharded = parallel != "ddp" and world_size > 1
     if bench == "ladder":
+        if world_size > 1:
+            raise UserError("bench=ladder starts its own processes; run it without torchrun")
         run_ladder(asked)
         sys.exit()
     sequences = divide_batch(world_size)  # of each process, per step
     if dry_run:
-        started = "MASTER_ADDR" in os.environ and world_size > 1
-        network = measure_network(pick_device(device, local_rank), rank, world_size) if started else None
-        if is_main or not started:
+        under_torchrun = "MASTER_ADDR" in os.environ and world_size > 1
+        network = measure_network(pick_device(device, local_rank), rank, world_size) if under_torchrun else None
+        if is_main or not under_torchrun:
             print_plan(world_size, sequences, raw_model, spec, network)
         end_process(0)
     device = pick_device(device, local_rank)  # a torch.device from here on
     if world_size > 1:
         start_processes(device, rank, world_size)
+    # A checkpoint with a scaler's state was trained in float16.
     amp_dtype = training_dtype(device, "dtype" in asked or ckpt and ckpt["scaler"], is_main)
     amp_name = str(amp_dtype).removeprefix("torch.")
     teacher_model, teacher_spec = open_teacher(device, amp_dtype) if teacher else (None, None)
@@ -1669,7 +1705,7 @@ if __name__ == "__main__":
                         "them, or have the same checkpoints on every machine")
     constants = dict(
         version=CHECKPOINT_VERSION, model_config=dataclasses.asdict(raw_model.cfg), tokenizer=spec, template=template,
-        train_config=settings, data_fingerprint=fingerprint, micro_batch=B)
+        train_config=settings, data_fingerprint=fingerprint)
     log = None
     if is_main and not bench:
         log = Log(run, ckpt, dict(
@@ -1678,15 +1714,13 @@ if __name__ == "__main__":
                 name: scores["hellaswag", "acc_norm by token"] for name, scores in hellaswag.PUBLISHED.items()}))
         print(f"micro-batch {B} x {sequences // B} per step; {loader.rows.summary()}; log and checkpoints in "
               f"{os.path.abspath(out_dir)}" + (f"; from step {first_step}" if first_step else ""), flush=True)
-    if ckpt_shards and sharded and not bench:
-        dist.barrier()  # until the first process has its lock there
-        if not os.path.exists(os.path.join(out_dir, ".lock")):
-            raise UserError("ckpt_shards needs an out_dir that all machines share: each writes parts of one checkpoint")
+    if ckpt_shards and sharded and not bench and not is_shared(out_dir, device):
+        raise UserError("ckpt_shards needs an out_dir that all machines share: each writes parts of one checkpoint")
     examples = load_hellaswag(enc, is_local_main, device) if hella_interval and enc else None
     byte_lengths = torch.tensor(dataset.token_lengths(enc), device=device) if enc else None
     evaluation = dict(
         log=log, model=raw_model, held_out=held_out, byte_lengths=byte_lengths, examples=examples, enc=enc,
-        template=template, B=B, rank=rank, world_size=world_size)
+        template=template, rank=rank, world_size=world_size)
     for name in SIGNALS:
         signum = getattr(signal, name, None)  # Windows lacks some
         if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # as under nohup
@@ -1696,12 +1730,12 @@ if __name__ == "__main__":
     gc.freeze()
     gc.disable()  # a collection in the middle of a step can take half a second
 
-    if world_size > 1:  # from here on nothing should take longer
+    if world_size > 1:  # until here one could wait two hours for data; from here ten minutes mean a lost process
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=10))
 
     # 5. The loop
-    peak, times, stop, saver = peak_tflops(device), [], False, Saver(device)
-    profiler = torch.profiler.profile(acc_events=True) if profile and is_main else None
+    peak, times = peak_tflops(device), []
+    saver, profiler, stop = Saver(device), None, False
     for step in itertools.count(first_step):
         run["step"] = step
         if max_minutes:
@@ -1709,25 +1743,20 @@ if __name__ == "__main__":
         is_new = step > first_step or not run["evaluated"]  # differs from the checkpoint resumed from
         if not run["evaluated"] and not stop:
             with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
-                run["evaluated"] = evaluate(run, **evaluation)
+                run["evaluated"] = evaluate(run, B=loader.B, **evaluation)
             stop = not run["evaluated"]
-        checkpoint_due = step > 0 and is_new and is_due(ckpt_interval, run) or patience and is_new_best(run)
+        checkpoint_due = (step > 0 and is_new and is_due(ckpt_interval, run)) or (patience and is_new_best(run))
         if not bench and (stop or checkpoint_due):
             saver.save(run, constants, raw_model, optimizers, scaler, loader)
         if stop or is_last(run):
             break
 
         # forward and backward for every micro-batch
-        if profiler and step == max(first_step, max_steps - PROFILED_STEPS):
+        if profile and is_main and step == max(first_step, max_steps - PROFILED_STEPS):
+            profiler = torch.profiler.profile(acc_events=True)
             profiler.start()
         began = time.perf_counter()
-        loss = None
-        while loss is None:
-            loss = add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size)
-            if loss is None:
-                smaller = max(d for d in divisors(sequences) if d < B)
-                print(f"step {step}: out of memory with a micro-batch of {B}; retrying with {smaller}", flush=True)
-                loader.B = evaluation["B"] = constants["micro_batch"] = B = smaller
+        loss = add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size)
 
         # one update, unless the step is to be skipped
         lr = set_rates(optimizers, step)
@@ -1747,7 +1776,7 @@ if __name__ == "__main__":
         # With a scaler an overflow is routine: it tries a smaller scale.
         if reason and not bench and (math.isfinite(norm) or not scaler.is_enabled()):
             if is_main or not math.isfinite(own_loss):
-                places = loader.last_places(sequences // B)
+                places = loader.describe_last_rows(sequences // loader.B)
                 print(f"step {step} is skipped: {reason}; the data of rank {rank}: {places}", flush=True)
         if run["skipped"] >= MAX_SKIPPED:
             raise UserError(f"{run['skipped']} steps in a row were skipped, up to {step}; {advise(run)}")
@@ -1767,7 +1796,7 @@ if __name__ == "__main__":
         write_profile(profiler, sum(times[-PROFILED_STEPS:]))
     if is_main and bench:
         print_bench(times, flops_per_token, peak, world_size, device, dict(
-            micro_batch=B, dtype=amp_name, compiled="loss" in vars(raw_model), parameters=n_parameters))
+            micro_batch=loader.B, dtype=amp_name, compiled="loss" in vars(raw_model), parameters=n_parameters))
     if log:
         if log.wandb:
             log.wandb.finish()
