@@ -74,9 +74,8 @@ class DataLoader:
 
     def describe_last_rows(self, n_batches, shown=4):
         """Where this process's last rows come from: data/x/train_000000.bin at token 4,096, ... and 508 more"""
-        rows_per_batch = self.B * self.world_size
-        begins = [self.position - i * rows_per_batch + self.rank * self.B for i in range(n_batches, 0, -1)]
-        indices = np.concatenate([self.order(begin, self.B) for begin in begins])
+        n = n_batches * self.world_size * self.B
+        indices = self.order(self.position - n, n).reshape(n_batches, self.world_size, self.B)[:, self.rank].flatten()
         more = f" and {len(indices) - shown} more" if len(indices) > shown else ""
         return ", ".join(self.rows.place(int(i)) for i in indices[:shown]) + more
 
@@ -107,7 +106,7 @@ class Windows:
         self.paths, counts, self.manifest = find_shards(folder, split)
         self.vocab_size = vocab_size or (self.manifest or {}).get("vocab_size")
         self.eot = self.manifest["eot"] if self.manifest else 50256  # other people's shards are in GPT-2's tokens
-        self.lengths, self.offsets, self.states = [], [], []  # how many tokens each has, and at which byte they begin
+        self.lengths, self.offsets, self.states = [], [], []  # of each shard: its tokens, their first byte, file_state
         for path, n in zip(self.paths, counts):
             tokens = read_shard(path)
             if n is not None and len(tokens) != n:
@@ -246,8 +245,8 @@ class PackedPairs:
 
     def inputs_and_targets(self, i):
         """Pair i, shortened to at most T tokens if it is longer"""
-        pair = slice(self.pairs.offsets[i], self.pairs.offsets[i + 1])
-        tokens, is_target = self.pairs.tokens[pair], self.pairs.is_target[pair]
+        span = slice(self.pairs.offsets[i], self.pairs.offsets[i + 1])
+        tokens, is_target = self.pairs.tokens[span], self.pairs.is_target[span]
         kept, reaches_end = tokens_to_keep(is_target, self.T)
         targets = np.append(tokens[kept][1:], self.pairs.eot).astype(np.int64)
         is_target = np.append(is_target[kept][1:], reaches_end)
@@ -335,7 +334,7 @@ def find_shards(folder, split):
         name_of_split = rf"(.*[^a-z])?{split}([^a-z].*)?\.(bin|npy)"  # not val in retrieval_000.bin
         names = sorted(name for name in os.listdir(folder) if re.fullmatch(name_of_split, name))
         if not names:
-            raise UserError(f"{folder} has no *{split}*.bin or *{split}*.npy shards")
+            raise UserError(f"{folder} has no .bin or .npy shards with {split} as a word of their name")
         return [os.path.join(folder, n) for n in names], [None] * len(names), None
     shards = [shard for shard in manifest["shards"] if shard["split"] == split]
     if not shards:

@@ -91,10 +91,14 @@ def report_error(kind, error, trace):
         print(f"{script}: {error}".replace("\n", " "), file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print(f"\n{script}: interrupted", file=sys.stderr)
-    elif issubclass(kind, MemoryError) or re.search("allocate memory|out of memory", str(error)):
+    elif is_out_of_memory(error):
         print(f"{script}: out of memory; use a smaller model, batch or file", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def is_out_of_memory(error):
+    return isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)) is not None
 
 
 class LossyFile(io.FileIO):
@@ -227,6 +231,8 @@ def reading(path, kind, hint=""):
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except Exception as e:
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"{path} is not {kind}, or is damaged ({type(e).__name__}){hint}") from e
 
 
@@ -240,8 +246,8 @@ def read_lines(path):
 
 def check_types(value, like):
     """
-    Raises an error unless a value from a file has the structure of the example `like`: its keys in a dict, elements
-    like its first in a list. An int passes for a float.
+    Raises an error unless a value from a file has the structure of the example `like`: a dict has its keys, and each
+    element of a list is like its first. An int passes for a float.
     """
     if isinstance(like, dict) and isinstance(value, dict):
         for key in like:
@@ -325,7 +331,7 @@ def get_tokenizer(spec):
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except OSError as e:
+        except (OSError, ValueError) as e:  # a ValueError if what came has another checksum
             raise UserError(f"cannot download the gpt2 vocabulary ({type(e).__name__}); check the network, set "
                             "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=byte or bpe:N") from None
     if not is_trained(spec):
@@ -703,8 +709,11 @@ def download(url, path):
             response.raise_for_status()
         except requests.RequestException as e:
             raise UserError(f"cannot download {url} ({type(e).__name__}); check the network, or put a copy at {path}")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_atomically(path, lambda f: f.write(response.content))
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_atomically(path, lambda f: f.write(response.content))
+        except OSError as e:
+            raise UserError(f"cannot write {path}: {e.strerror or e}") from None
     return path
 
 
@@ -758,13 +767,13 @@ def read_pieces(doc_sep, piece_chars, path):
     begins = True
     with reading(path, "UTF-8 text"), open(path, encoding="utf-8-sig") as f:
         while True:
-            block = f.read(1 << 20) + f.readline(1 << 20)  # whole lines
+            block = f.read(1 << 20) + f.readline(1 << 20)  # whole lines, unless one is very long
             *documents, text = separator.split(text + block) if block else (text, "")
             documents = [cut_document(document.rstrip("\n"), piece_chars) for document in documents]
             # The last document may continue in the next block; if it is long already, yield the pieces it has so far.
             *unfinished, text = cut_document(text or "\n", piece_chars)
             for i, pieces in enumerate([*documents, unfinished]):
-                begins = begins or i > 0  # the first may continue a document of the last block
+                begins = begins or i > 0  # the first may continue a document of the previous block
                 for piece in pieces:
                     if begins:
                         piece = piece.lstrip("\n") if piece.strip() else ""
@@ -1032,7 +1041,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     split_shares(splits)  # an error now rather than later
     if shard_tokens >= 2**31:
         raise UserError(f"--shard_tokens={shard_tokens} is too large: a shard's header counts tokens as int32")
-    # Recorded for text files only, so that a new default does not invalidate other prepared data.
+    # doc_sep is recorded for text files only, so that a new default does not invalidate other prepared data.
     has_text = any(s.fingerprint and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources)
     settings = dict(
         source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint for s in sources),
@@ -1302,13 +1311,14 @@ def get_text(row, key, required=True):
 
 
 def holds_pairs(path):
-    """Whether a file is .jsonl, and its first readable line has a key that only pairs have"""
+    """Whether a file is .jsonl, and its first readable line has a key of pairs, and no text"""
     if not path.lower().endswith(".jsonl") or not os.path.isfile(path):
         return False
     for _, line in itertools.islice(read_lines(path), 100):
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            return isinstance(row, dict) and not row.keys().isdisjoint(("messages", "instruction", "prompt"))
+            keys = ("messages", "instruction", "prompt")
+            return isinstance(row, dict) and "text" not in row and not row.keys().isdisjoint(keys)
     return False
 
 
@@ -1357,7 +1367,7 @@ def check_pairs(source, tokenizer="gpt2", strict=False):
 
 # -- pairs from a server with OpenAI's chat completions API
 
-KEY = "OPENAI_API_KEY"  # an environment variable; the key goes into requests and nowhere else
+KEY_VARIABLE = "OPENAI_API_KEY"  # of the environment; the key goes into requests and nowhere else
 TIMEOUT = 300  # seconds for a response
 MAX_ANSWER = 1 << 24  # bytes of an answer; the rest is not read
 MAX_FAILURES = 10  # prompts in a row that the server fails to answer, before giving up
@@ -1408,7 +1418,7 @@ def synthesize(prompts=None, endpoint=None, model=None, request="{}", concurrenc
 def completions_url(endpoint):
     """http://localhost:8000/v1 -> http://localhost:8000/v1/chat/completions"""
     if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[\w./-]*)?", endpoint):
-        raise UserError(f"--endpoint must look like http://localhost:8000/v1; a key goes into {KEY}")
+        raise UserError(f"--endpoint must look like http://localhost:8000/v1; a key goes into {KEY_VARIABLE}")
     return endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
 
 
@@ -1422,7 +1432,11 @@ def ask_all(url, body, prompts, concurrency):
                 running.add(pool.submit(ask, session, url, body, prompt))
             if not running:
                 return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
+            try:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+            except KeyboardInterrupt:
+                print("\ndataset.py: interrupted; the same command continues", file=sys.stderr, flush=True)
+                os._exit(130)  # without waiting for the requests under way, which can take minutes
             for future in done:
                 yield future.result()
 
@@ -1431,9 +1445,9 @@ def open_session(concurrency):
     """A session that retries with back-off, waits as long as a Retry-After header says, and follows no redirect."""
     import requests
     import urllib3
-    key = os.environ.get(KEY, "").strip()
+    key = os.environ.get(KEY_VARIABLE, "").strip()
     if not re.fullmatch("[!-~]*", key):
-        raise UserError(f"{KEY} holds a character that no key has")
+        raise UserError(f"{KEY_VARIABLE} holds a character that no key has")
     retry = urllib3.Retry(
         TRIES - 1, allowed_methods=None, status_forcelist=RETRY_STATUS, backoff_factor=1, backoff_max=MAX_BACKOFF,
         raise_on_status=False)
@@ -1459,7 +1473,8 @@ def ask(session, url, body, prompt):
             content = answer.raw.read(MAX_ANSWER, decode_content=True)
             status = answer.status_code
             if status in (401, 403):  # no prompt will ever be answered
-                what = f"rejects the key in {KEY}" if KEY in os.environ else f"needs a key; set {KEY}"
+                has_key = "Authorization" in session.headers
+                what = f"rejects the key in {KEY_VARIABLE}" if has_key else f"needs a key; set {KEY_VARIABLE}"
                 raise UserError(f"{url} {what}")
             if status == 404 or 300 <= status < 400:
                 raise UserError(f"{url} has no model {body['model']}, or is not the server's address "
@@ -1489,8 +1504,9 @@ def read_prompts(path):
                 text = parse_prompt(json.loads(text))
         except (ValueError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{path}, line {number}: not a prompt ({str(e)[:60]})") from None
-        # half a surrogate pair can be neither sent nor stored
-        prompts.append(text.encode("utf-8", "replace").decode())
+        if text:
+            # half a surrogate pair can be neither sent nor stored
+            prompts.append(text.encode("utf-8", "replace").decode())
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return list(dict.fromkeys(prompts))
@@ -1560,7 +1576,7 @@ def parse_options():
     synth = p.add_argument_group("--source=synth")
     synth.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl with prompt or instruction")
     synth.add_argument("--endpoint", metavar="URL",
-                       help=f"a chat completions server, such as http://localhost:8000/v1; its key in {KEY}")
+                       help=f"a chat completions server, such as http://localhost:8000/v1; its key in {KEY_VARIABLE}")
     synth.add_argument("--model", metavar="NAME", help="as the server calls it")
     synth.add_argument("--request", metavar="JSON", help='added to each request: {"temperature": 0.7}')
     synth.add_argument("--concurrency", type=positive, help="requests at a time (default: 8)")

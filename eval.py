@@ -81,8 +81,7 @@ class Detokenizer:
         if found:
             self.ended = True
             return text[:min(found)]
-        lengths = {n for s in self.stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])}
-        n_held = max(lengths, default=0)
+        n_held = max((n for s in self.stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
         self.held = text[len(text) - n_held:]
         return text[:len(text) - n_held]
 
@@ -345,7 +344,7 @@ def sampling_options(request, defaults):
     if request.get("max_completion_tokens") is not None:
         request["max_tokens"] = request["max_completion_tokens"]
     options = {**defaults, **{name: request[name] for name in defaults if request.get(name) is not None}}
-    for name, (low, high) in RANGES.items():  # the command line's defaults may be outside
+    for name, (low, high) in RANGES.items():  # a default, from the command line, may be outside
         value = options[name]
         if value != defaults[name] and (type(value) not in (int, type(high)) or not low <= value <= high):
             raise BadRequest(f"{name} must be a{' whole' if type(high) is int else ''} number from {low} to {high}")
@@ -506,7 +505,7 @@ PAGE = r"""<!doctype html>
   textarea, input, button { font: inherit; padding: .3rem .6rem }
 </style>
 <h1></h1><main></main>
-<form><textarea rows="3"></textarea><label>temperature <input type="number" min="0" step="0.1"></label>
+<form novalidate><textarea rows="3"></textarea><label>temperature <input type="number" min="0" step="0.1"></label>
 <button></button></form>
 <script>
 const [model, chat, temperature] = VALUES, $ = name => document.querySelector(name), box = $("textarea")
@@ -542,14 +541,18 @@ async function send() {
   } catch (e) {
     if (e.name != "AbortError") problem = `[${e.message}]`
   }
+  const reply = answer.textContent.trim()
   text += answer.textContent
-  turns.push({role: "assistant", content: answer.textContent.trim() || "-"})
+  if (reply) turns.push({role: "assistant", content: reply})
+  else turns.pop()  // a question without an answer is no part of the chat
   answer.textContent += problem  // shown, but no part of the text
   running = null
   $("button").textContent = "Send"
 }
 $("form").onsubmit = event => { event.preventDefault(); send() }
-box.onkeydown = event => { if (event.key == "Enter" && !event.shiftKey && !running) $("form").onsubmit(event) }
+box.onkeydown = event => {
+  if (event.key == "Enter" && !event.shiftKey && !event.isComposing && !running) $("form").onsubmit(event)
+}
 Object.assign(box, {placeholder: chat ? "Ask something" : "The beginning of a text, or nothing to continue it"}).focus()
 $("h1").textContent = model
 $("main").className = chat ? "chat" : ""
@@ -699,10 +702,10 @@ def parse_options():
             raise UserError(f"--{name}={getattr(a, name)} is out of range")
     if "" in a.stop:
         raise UserError("--stop must not be empty")
-    measuring = dict(split=a.perplexity, stride=a.perplexity, limit=a.perplexity or a.compare, task=a.compare,
-                     data=a.compare)
-    for name, is_used in measuring.items():
-        if not is_used and getattr(a, name) != p.get_default(name):
+    owners = dict(split=a.perplexity, stride=a.perplexity, limit=a.perplexity or a.compare, task=a.compare,
+                  data=a.compare)
+    for name, owner in owners.items():
+        if not owner and getattr(a, name) != p.get_default(name):
             raise UserError(f"--{name} belongs to --{'compare' if name in ('task', 'data') else 'perplexity'}")
     return a
 

@@ -150,7 +150,7 @@ def isolate_documents(document):
     mask that blocks attention across documents, (B, 1, T, T).
     """
     index = torch.arange(document.size(1), device=document.device)
-    begins = torch.cat((torch.ones_like(document[:, :1]), document.diff()), dim=1) != 0
+    begins = document.diff(dim=1, prepend=document[:, :1] - 1) != 0
     start = torch.where(begins, index, 0).cummax(dim=1).values
     mask = (document[:, :, None] == document[:, None, :]) & (index[:, None] >= index)
     return index - start, mask[:, None]
@@ -190,8 +190,7 @@ def attention_bias(mask, dtype):
 
 def matmul_attention_is_faster(x):
     """Whether training on x (B, T, C) is faster with matmul_attention than with a fused kernel"""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16 and cpu_computes_in(torch.bfloat16)
-    return on_cpu and x.size(1) <= 512
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.size(1) <= 512 and cpu_computes_in(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -319,8 +318,9 @@ class GPT(nn.Module):
     def make_tables(self):
         """Positions that are computed, not learned"""
         T, C = self.cfg.block_size, self.cfg.n_embd
-        # MKL picks a version of its vector functions at the first call. When two threads make it together, the last bit
-        # differs in one process of 15. A single element is computed by one thread.
+        # MKL picks a version of its vector functions at the first call. If two threads make it together, the tables
+        # below differ in their last bits in one process of 15. So this is the first call, and a single element is
+        # computed by one thread.
         torch.zeros(1).cos()
         if self.cfg.pos == "sinusoidal":
             self.register_buffer("sinusoids", sinusoids(T, C), persistent=False)
@@ -375,13 +375,13 @@ class GPT(nn.Module):
         mask, True where a position may attend to another, or its attention_bias, is causal unless given. With a cache,
         keys and values are stored in it, and attention covers everything stored.
         """
-        if positions is None:  # else a row may be longer: HellaSwag puts a context and four endings into one
+        if positions is None:  # with positions a row may be longer than block_size, as in HellaSwag
             T = idx.size(1)
             assert T <= self.cfg.block_size, f"{T} tokens exceed block_size={self.cfg.block_size}"
             positions = slice(T)
         x = self.transformer.wte(idx)  # (B, T) -> (B, T, C)
         if self.cfg.pos == "learned":
-            # With (B, T) positions, weight[positions] would have a gradient that threads add up in any order.
+            # Not indexed by a tensor: that has a gradient which threads add up in any order.
             wpe = self.transformer.wpe
             x = x + (wpe.weight[positions] if isinstance(positions, slice) else wpe(positions))
         elif self.cfg.pos == "sinusoidal":
@@ -465,7 +465,8 @@ class GPT(nn.Module):
                     # A row has n + 1 tokens: n in the cache, and the newest. A full row keeps its newer half.
                     keep = [n + 1 if n < T else max(1, n // 2) for n in cache.lengths]
                     rows = zip(prompts, torch.cat(new, dim=1), keep)
-                    prompts, new = [torch.cat((prompt, tokens))[-k:] for prompt, tokens, k in rows], []
+                    prompts = [torch.cat((prompt, tokens))[-k:] for prompt, tokens, k in rows]
+                    new = []
                     x = self.prefill(prompts, cache)
         finally:
             self.train(was_training)
@@ -572,7 +573,8 @@ class StepGraph:
 
     def __init__(self, model, token, lengths, cache):
         self.token, self.lengths, self.graph = token.clone(), lengths.clone(), torch.cuda.CUDAGraph()
-        arguments, stream = (self.token, self.lengths, cache, cache.k.size(3)), graph_stream(token.device)
+        arguments = self.token, self.lengths, cache, cache.k.size(3)
+        stream = graph_stream(token.device)
         stream.wait_stream(torch.cuda.current_stream(token.device))
         with torch.cuda.stream(stream):  # once before recording, so that cuBLAS has its memory
             model.decode_rows(*arguments)
@@ -669,7 +671,7 @@ def pick_dtype(name, device):
 
 @functools.cache
 def cpu_computes_in(dtype):
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 lacks it: then there are none
     names = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}[dtype]
     return any(cpu.get(name) for name in names)
 
@@ -874,6 +876,8 @@ def load_checkpoint(name, device="cpu"):
         content = read_spec(spec) if os.path.exists(spec) else {"tokenizer": {"name": "gpt2"}}
         rest = dict(tokenizer=content["tokenizer"], template=content.get("template"))
         model = load_hugging_face(name)
+        if os.path.exists(spec):
+            model.cfg.n_tokens = model.cfg.vocab_size  # without padding
     return model.to(device).eval(), rest
 
 
@@ -988,7 +992,8 @@ def import_config(config, name):
 
 def export_config(cfg, eot, dtype):
     """GPTConfig -> the config.json of a Hugging Face NanoChat or GPT-2; an error if neither supports the model"""
-    common = dict(vocab_size=cfg.n_tokens, bos_token_id=eot, eos_token_id=eot, torch_dtype=str(dtype)[6:])
+    common = dict(vocab_size=cfg.n_tokens, bos_token_id=eot, eos_token_id=eot,
+                  torch_dtype=str(dtype).removeprefix("torch."))
     lacking = [k for k, value in {**MODERN, "head_bias": False}.items() if getattr(cfg, k) != value]
     if not lacking:
         return dict(
@@ -1060,13 +1065,12 @@ def import_nanochat(config, weights, name):
     cfg = make_config(dict(
         **MODERN, **{ours: config[theirs] for theirs, ours in NANOCHAT_SHAPE.items()}, vocab_size=config["vocab_size"],
         softcap=config["final_logit_softcapping"] or 0.0, tie_head=False), name)
-    gain = torch.ones(cfg.n_embd)
-    imported = {"transformer.wte.weight": weights["model.embed_tokens.weight"], "transformer.ln_f.weight": gain,
-                "lm_head.weight": weights["lm_head.weight"]}
+    imported = {"transformer.wte.weight": weights["model.embed_tokens.weight"],
+                "transformer.ln_f.weight": torch.ones(cfg.n_embd), "lm_head.weight": weights["lm_head.weight"]}
     for i in range(cfg.n_layer):
         theirs, ours = f"model.layers.{i}.", f"transformer.h.{i}."
         q, k, v = (weights[f"{theirs}self_attn.{x}_proj.weight"] for x in "qkv")
         imported[f"{ours}attn.c_attn.weight"] = torch.cat((swap_halves(q, cfg.n_head), swap_halves(k, cfg.n_head), v))
         imported |= {f"{ours}{b}.weight": weights[f"{theirs}{a}.weight"] for a, b in NANOCHAT_MATRICES.items()}
-        imported |= {f"{ours}{norm}.weight": gain for norm in ("ln_1", "ln_2")}
+        imported |= {f"{ours}{norm}.weight": torch.ones(cfg.n_embd) for norm in ("ln_1", "ln_2")}
     return cfg, imported

@@ -49,14 +49,16 @@ def read_log(path):
     for line in lines:
         try:
             if line.startswith("#"):
-                header = read_header(line[1:]) or header
+                if new := read_header(line[1:]):
+                    header = new  # of a start from this step: what is later was abandoned
+                    streams = {name: {step: record for step, record in records.items() if step <= header["start"]}
+                               for name, records in streams.items()}
                 continue
             step, stream, value, *rest = line.split()
             fields = dict(pair.split("=", 1) for pair in rest)
             numbers = {k: float(v) for k, v in fields.items() if v != "n/a"}
-            if not 0 <= int(step) < 2**53:
-                continue
-            streams.setdefault(stream, {})[int(step)] = float(value), numbers
+            if 0 <= int(step) < 2**53:
+                streams.setdefault(stream, {})[int(step)] = float(value), numbers
         except ValueError:
             continue
     return streams, header
@@ -76,7 +78,7 @@ def read_header(text):
         references = {str(k): float(v) for k, v in header.get("references", {}).items()}
         source = (str(header.get("recipe", "")), os.path.basename(str(config.get("data", ""))),
                   int(header.get("parameters", 0)))
-        return dict(source=source, tokens=tokens, minutes=1 / 60, hours=1 / 3600,
+        return dict(source=source, start=int(header.get("step", 2**53)), tokens=tokens, minutes=1 / 60, hours=1 / 3600,
                     FLOPs=tokens * float(header.get("flops_per_token", 0)),
                     dollars=float(header.get("world_size", 1)) * float(price) / 3600, references=references)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -106,6 +108,7 @@ def step_converter(kind, streams, header):
     for step, (_, fields) in sorted(streams["train"].items()):
         seconds.append(seconds[-1] + fields.get("ms", 0) / 1000 * (step + 1 - steps[-1]))
         steps.append(step + 1)
+    steps, seconds = np.array(steps), np.array(seconds)
     return lambda step: np.interp(step, steps, seconds) * header[kind]
 
 
@@ -128,7 +131,7 @@ def short_names(paths):
 
 
 def draw_losses(ax, streams, to_x, color, prefix):
-    """-> all finite losses"""
+    """-> the finite training and validation losses"""
     train_x, train_y = series(streams["train"], to_x)
     val_x, val_y = series(streams["val"], to_x)
     if train_x:
@@ -146,10 +149,9 @@ def draw_losses(ax, streams, to_x, color, prefix):
 
 def draw_typical(ax, logs, kind):
     """The losses of a typical run, if all logs are of its recipe, text, model size and batch size"""
-    sources = {(header.get("source"), header.get("tokens")) for _, header in logs}
-    source, tokens_per_step = sources.pop()
+    (source, tokens_per_step), *others = {(header.get("source"), header.get("tokens")) for _, header in logs}
     typical = TYPICAL.get(source)
-    if typical and not sources and kind in ("step", "tokens"):
+    if typical and not others and kind in ("step", "tokens"):
         x = [tokens / tokens_per_step if kind == "step" else tokens for tokens in typical]
         y = list(typical.values())
         ax.plot(x, y, color="#999999", linestyle="--", linewidth=1, label=f"validation, a typical run: {y[-1]:.3f}")
@@ -211,7 +213,7 @@ def plot(paths, out, kind="step", dark=False):
     loss, hella, lr, speed = map(axes.get, ("loss", "hella", "lr", "speed"))
     losses = []
     for i, ((streams, header), name, to_x) in enumerate(zip(logs, short_names(paths), to_xs)):
-        color, prefix = COLORS[i % len(COLORS)], f"{name}: " if len(logs) > 1 else ""
+        color, prefix = COLORS[i % len(COLORS)], f"{name.lstrip('_')}: " if len(logs) > 1 else ""
         losses += draw_losses(loss, streams, to_x, color, prefix)
         lr.plot(*series(streams["train"], to_x, "lr"), color=color)
         speed.plot(*series(streams["train"], to_x, "tok_s"), color=color)
@@ -263,6 +265,7 @@ def main():
         print_chart(a.logs, a.x)
         return
     out = a.out or (os.path.splitext(a.logs[0])[0] + ".png" if len(a.logs) == 1 else "logs.png")
+    out += "" if os.path.splitext(out)[1] else ".png"
     plot(a.logs, out, a.x, a.dark)
     print(out)
 

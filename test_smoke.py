@@ -531,6 +531,7 @@ def test_every_recipes_shape_exports_with_equal_logits_and_greedy_text(tmp_path,
         torch.testing.assert_close(theirs(idx).logits, logits[..., :101], atol=1e-4, rtol=1e-4)
         back = GPT.from_pretrained(str(tmp_path)).eval()
         torch.testing.assert_close(back(idx, idx)[0], logits[..., :101], atol=1e-4, rtol=1e-4)
+    assert len({p.data_ptr() for p in back.parameters()}) == len(list(back.parameters()))  # none shares memory
     text = theirs.generate(idx, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None)
     assert theirs.config.eos_token_id == theirs.config.bos_token_id == 100
     assert text.tolist() == model.generate(idx, 20, temperature=0).tolist()
@@ -545,6 +546,19 @@ def test_a_file_cannot_make_an_import_take_more_memory_than_it_has_itself(tmp_pa
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="repeats its values"):
         GPT.from_pretrained(str(tmp_path))
+
+
+def test_an_export_of_as_many_tokens_as_padded_gpt2_has_keeps_them_all(tmp_path):
+    model = GPT(GPTConfig(block_size=8, vocab_size=50304, n_tokens=50304, n_layer=1, n_head=1, n_embd=8))
+    model.save_pretrained(str(tmp_path))
+    dataset.write_json(str(tmp_path / dataset.TOKENIZER_SPEC), {"tokenizer": {"name": "byte"}})
+    assert load_checkpoint(str(tmp_path))[0].cfg.n_tokens == 50304
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_damaged_file():
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(type(error)), dataset.reading("model.pt", "a checkpoint"):
+            raise error
 
 
 def test_weights_in_torchs_old_format_are_read(tmp_path):
@@ -1475,6 +1489,21 @@ def test_a_source_with_an_address_is_downloaded_once(tmp_path, monkeypatch):
     dataset.prepare("shakespeare", splits="100/0")
 
 
+def test_a_download_that_cannot_be_stored_says_so(tmp_path):
+    (tmp_path / "data").touch()
+    with serving({"/plays.txt": b"x"}) as url, pytest.raises(UserError, match="cannot write .*plays.txt: "):
+        dataset.download(f"{url}/plays.txt", str(tmp_path / "data/plays.txt"))
+
+
+def test_a_vocabulary_with_a_wrong_checksum_is_a_failed_download(monkeypatch):
+    def get_encoding(name):
+        raise ValueError("Hash mismatch for data downloaded")
+
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", get_encoding)
+    with pytest.raises(UserError, match="cannot download the gpt2 vocabulary"):
+        get_tokenizer("gpt2")
+
+
 def test_no_more_than_a_few_batches_wait_in_memory(monkeypatch):
     counts, ahead = dict(read=0, encoded=0), []
 
@@ -1714,6 +1743,29 @@ def test_a_synthesis_killed_five_times_ends_with_every_prompt_answered_once(tmp_
     assert [turns for turns in dataset.read_pairs(str(out))] == [[(r["prompt"], r["response"])] for r in rows]
 
 
+def test_ctrl_c_ends_a_synthesis_although_the_server_does_not_answer(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb")
+    with serving(answer=lambda prompt, n: time.sleep(60)) as (url, asked):
+        p = start(here("dataset.py"), "--source=synth", "--prompts=prompts.txt", f"--endpoint={url}", "--model=m",
+                  cwd=tmp_path, stderr=subprocess.PIPE)
+        while len(asked) < 2:
+            assert p.poll() is None
+            time.sleep(0.02)
+        p.send_signal(signal.SIGINT)
+        printed = p.communicate(timeout=20)[1]
+    assert p.returncode == 130 and printed.endswith("interrupted; the same command continues\n")
+
+
+def test_a_line_of_a_file_of_prompts_that_holds_only_spaces_is_no_prompt(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf\r\nHello\r\n\xc2\xa0\n")
+    assert dataset.read_prompts(str(tmp_path / "p.txt")) == ["Hello"]
+
+
+def test_rows_with_a_prompt_and_a_text_are_text(tmp_path):
+    path = write_lines(tmp_path / "t.jsonl", [dict(prompt="Write a story.", text="Once")])
+    assert not dataset.holds_pairs(path) and dataset.holds_pairs(write_lines(tmp_path / "p.jsonl", some_pairs(1)))
+
+
 def test_a_failing_server_is_asked_until_it_answers_and_nothing_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "MAX_BACKOFF", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -1748,10 +1800,11 @@ def test_a_retry_after_header_is_obeyed(tmp_path):
     assert len(times) == 4 and asked[1][0] == asked[0][0] and 1.9 < times[1] < 5
 
 
-@pytest.mark.parametrize("status, error", [
-    (401, "rejects the key in OPENAI_API_KEY"), (404, "has no model m"), (302, "is not the server's address")])
-def test_an_error_that_no_retry_can_help_ends_a_synthesis(tmp_path, monkeypatch, status, error):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+@pytest.mark.parametrize("status, key, error", [
+    (401, "sk-secret", "rejects the key in OPENAI_API_KEY"), (401, "", "needs a key; set OPENAI_API_KEY"),
+    (404, "sk-secret", "has no model m"), (302, "sk-secret", "is not the server's address")])
+def test_an_error_that_no_retry_can_help_ends_a_synthesis(tmp_path, monkeypatch, status, key, error):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
 
     def answer(prompt, n):
         return (status, {"Location": "http://127.0.0.1:9/"}, b"sk-secret") if n == 10 else completion(prompt)
@@ -3662,7 +3715,7 @@ def test_a_log_is_read_with_the_last_line_of_a_step_winning(tmp_path):
     assert streams == {"train": {0: (5.0, {"lr": 1e-3}), 1: (4.5, {"lr": 3e-3})}, "val": {0: (5.5, {})},
                        "hella": {1: (0.25, {})}, "test": {}}
     assert header == {"tokens": 8, "FLOPs": 0, "minutes": 1 / 60, "hours": 1 / 3600, "dollars": 0, "references": {},
-                      "source": ("", "", 0)}
+                      "source": ("", "", 0), "start": 2**53}
 
 
 @pytest.mark.parametrize("kind, expected", [
@@ -3690,6 +3743,24 @@ def test_plot_draws_a_run_and_several(workspace, tmp_path):
     run_ok(here("plot.py"), "log.txt", "--dark", f"--out={tmp_path}/dark.png", cwd=workspace / "runs/fp32")
     assert is_picture(tmp_path / "dark.png")
     assert (tmp_path / "dark.png").read_bytes() != (workspace / "runs/fp32/log.png").read_bytes()
+
+
+def test_plot_names_the_file_it_writes(tmp_path, monkeypatch, capsys):
+    log = write_log(tmp_path / "v1.2.txt", [5.0])
+    for options, name in (([], "v1.2.png"), (["--out", "a"], "a.png"), (["--out", "a.svg"], "a.svg")):
+        monkeypatch.setattr(sys, "argv", ["plot.py", log, *options])
+        monkeypatch.setattr(plot, "plot", lambda paths, out, *rest: None)
+        plot.main()
+        assert os.path.basename(capsys.readouterr().out.strip()) == name
+
+
+def test_a_resumed_runs_log_is_read_without_the_steps_that_were_abandoned(tmp_path):
+    path = write_log(tmp_path / "log.txt", [5.0, 4.0, 3.0, 2.0])
+    with open(path, "a") as f:
+        header = dict(step=1, config=dict(total_batch_size=8))
+        f.write(f"# {json.dumps(header)}\n1 train 4.5\n2 train 3.5\n# a note\n3 val 3.0\n")
+    streams, _ = plot.read_log(path)
+    assert [value for value, _ in streams["train"].values()] == [5.0, 4.5, 3.5] and list(streams["val"]) == [3]
 
 
 def write_log(path, losses, recipe="x", data="x", tokens=1024, parameters=0):
@@ -4653,7 +4724,7 @@ MISTAKES = {
     "missing data": ([*T, "--data=data/none"], "there is no data data/none"),
     "data not made yet": (["train.py"], "python dataset.py --source=fineweb-edu"),
     "unfinished data": ([*T, "--data=data/unfinished"], "data/unfinished is unfinished"),
-    "an empty folder": ([*T, "--data=data/empty"], "has no *train*.bin"),
+    "an empty folder": ([*T, "--data=data/empty"], "has no .bin or .npy shards with train as a word"),
     "a truncated shard": ([*T, "--data=data/truncated"], "its header says 2,000 tokens, its length 1,990"),
     "a shard with a wrong magic number": ([*T, "--data=data/magic"], "magic"),
     "too little data for a window": ([*T, "--data=data/short"], "a window takes block_size + 1 = 33"),
