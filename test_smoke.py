@@ -2182,6 +2182,20 @@ def test_a_checkpoint_is_written_while_steps_go_on_and_holds_the_moment_it_was_b
         assert a["loader"] == b["loader"] and a["run"]["tokens"] == b["run"]["tokens"]
 
 
+def test_a_save_may_take_longer_than_processes_wait_for_one_another(workspace, tmp_path):
+    slow = """
+import dataset, time, torch
+from datetime import timedelta
+c10d = torch.distributed.distributed_c10d
+write, set_timeout = dataset.write_atomically, c10d._set_pg_timeout
+dataset.write_atomically = lambda *args: (time.sleep(3), write(*args))
+c10d._set_pg_timeout = lambda timeout: set_timeout(timedelta(seconds=1))
+"""
+    options = [*FAST, "--max_steps=4", "--ckpt_interval=3", f"--out_dir={tmp_path}"]
+    r = run_ok(here("train.py"), *options, cwd=workspace, n=2, before=slow)
+    assert r.stdout.count("| saved") == 2
+
+
 def test_two_processes_give_the_losses_of_one(workspace, one_process):
     run_ok(*torchrun(2), here("train.py"), *NO_DROPOUT, "--out_dir=runs/two", cwd=workspace)
     assert_same_losses(workspace / "runs/two", one_process)
@@ -2457,18 +2471,26 @@ def set_globals(monkeypatch, **values):
         monkeypatch.setattr(train, name, value, raising=False)
 
 
-def test_patience_ends_after_that_many_validations_and_not_at_a_new_best_one(monkeypatch):
-    set_globals(monkeypatch, patience=3, val_interval=10)
+def test_patience_counts_validations_since_the_best_one(monkeypatch):
+    set_globals(monkeypatch, patience=3, val_tokens=16, block_size=16, max_steps=99, sample_interval=0,
+                hella_interval=0)
+    run, val = train.new_run(), argparse.Namespace(validation_batches=lambda n, B: [])
 
-    def out_of_patience(step, loss, validated_at=None):
-        last_val = dict(step=step if validated_at is None else validated_at, loss=loss)
-        return train.out_of_patience(dict(step=step, last_val=last_val, best=dict(step=20, loss=2.0)))
+    def validate(step, loss, val_interval):
+        set_globals(monkeypatch, val_interval=val_interval)
+        monkeypatch.setattr(hellaswag, "sum_losses", lambda *args: (loss, 1, 1))
+        run["step"] = step
+        assert train.evaluate(run, None, GPT(small()), {"val": val}, None, None, None, None, 1, 0, 1)
+        if train.is_new_best(run):
+            run["best"] = run["last_val"]
+        return train.out_of_patience(run)
 
-    assert [out_of_patience(step, 2.5) for step in (20, 30, 40, 50, 60)] == [False, False, False, True, True]
-    assert out_of_patience(50, 2.0)
-    assert not out_of_patience(50, 1.9) and not out_of_patience(50, 2.5, validated_at=40)
-    set_globals(monkeypatch, patience=0)
-    assert not out_of_patience(500, 2.5)
+    assert not any([validate(10, 2.5, 10), validate(20, 2.0, 10), validate(30, 2.0, 10)])
+    assert not any([validate(40, 2.5, 10), validate(40, 2.5, 10)])  # a second time after a resume
+    assert not any([validate(41, 1.9, 1), validate(42, 2.1, 1), validate(50, 2.1, 10)])
+    assert validate(51, 2.1, 1)
+    run["step"] = 52
+    assert not train.out_of_patience(run)
 
 
 def test_a_step_is_skipped_when_its_loss_or_its_norm_stands_out_or_is_not_finite(monkeypatch):
@@ -3117,9 +3139,10 @@ def test_a_profile_knows_what_an_operation_is_for(name, expected):
     assert next(k for k, names in train.WORK.items() if re.search(names, name, re.IGNORECASE)) == expected
 
 
-def test_a_profile_is_a_trace_and_says_what_the_steps_spent_their_time_on(workspace, tmp_path):
+@pytest.mark.parametrize("options", [["--recipe=sft", "--data=t.txt", "--bench=5"], ["--max_steps=5"]], ids=str)
+def test_a_profile_is_a_trace_and_says_what_the_steps_spent_their_time_on(workspace, tmp_path, options):
     path = tmp_path / "trace.json"
-    r = run_ok(here("train.py"), *FAST, "--bench=5", f"--profile={path}", cwd=workspace)
+    r = run_ok(here("train.py"), *FAST, *options, f"--profile={path}", f"--out_dir={tmp_path}", cwd=workspace)
     shares = {k: float(v) for k, v in re.findall(r"(\w+) ([\d.]+)%", r.stdout.split("trace.json: ")[1])}
     assert list(shares) == [*train.WORK, "other", "idle"] and sum(shares.values()) == pytest.approx(100, abs=1)
     assert all(shares[kind] > 0 for kind in ("matmul", "attention", "loss", "optimizer", "other"))
@@ -3900,6 +3923,7 @@ def test_no_compiler_is_an_error_where_one_was_asked_for(workspace, tmp_path):
 
 def test_without_a_compiler_a_run_says_so_when_it_begins_and_when_it_ends(monkeypatch, capsys):
     def try_step(model, *args):
+        model.eval()  # as if it failed in a validation
         if "loss" in vars(model):
             raise RuntimeError("no triton")
 
@@ -3908,6 +3932,7 @@ def test_without_a_compiler_a_run_says_so_when_it_begins_and_when_it_ends(monkey
     set_globals(monkeypatch, compile="auto", block_size=16, micro_batch=0, grad_checkpoint=False)
     model = GPT(small())
     B, problem = train.find_micro_batch(model, None, torch.device("cuda"), torch.bfloat16, 12, 0, shares=1)
+    assert model.training
     assert B == 12 and "loss" not in vars(model) and "no triton" in problem and problem in capsys.readouterr().out
     train.print_summary(train.new_run(), False, problem)
     assert problem in capsys.readouterr().out
@@ -3968,6 +3993,20 @@ def test_nodes_without_a_common_folder_each_prepare_their_data(workspace, tmp_pa
     processes = start_nodes(tmp_path, *options)
     assert [(p.communicate(timeout=120)[1], p.returncode) for p in processes] == [("", 0)] * 2
     assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("name", ["val_000000.bin", "meta.json"])
+def test_nodes_whose_data_differs_are_told_so(workspace, tmp_path, name):
+    for node in range(2):
+        shutil.copytree(workspace / "data/t", tmp_path / f"node{node}/t")
+    if name == "meta.json":  # other data
+        shutil.rmtree(tmp_path / "node1/t")
+        dataset.prepare(str(workspace / "t.txt"), "byte", out=str(tmp_path / "node1/t"), splits="70/30")
+    else:
+        os.remove(tmp_path / "node1/t" / name)
+    errors = [p.communicate(timeout=120)[1] for p in start_nodes(tmp_path, "--data=t", "--val_interval=1")]
+    assert any("train.py: the processes have different data, or only some" in error for error in errors), errors
+    assert not any("Traceback" in error for error in errors), errors
 
 
 def test_nodes_without_a_common_folder_cannot_write_parts_of_one_checkpoint(workspace, tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ ALLOWED = {
     "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2", "zero3"),
     "reduce_dtype": ("float32", "bfloat16"), **CHOICES}
 BELOW_ONE = (0, 1 - 1e-9)
-# Allowed ranges, where they differ from the default: 0 to 2**63 - 1 for integers, 0 to infinity for floats
+# Allowed ranges. Of options that are not listed: 0 to 2**63 - 1 for integers, 0 to infinity for floats
 LIMITS = {
     "beta1": BELOW_ONE, "beta2": BELOW_ONE, "dropout": BELOW_ONE, "cooldown": (0, 1), "distill_alpha": (0, 1),
     "distill_temperature": (1e-3, 1e3), "total_batch_size": (1, 2**40), "keep": (1, 2**40), "val_tokens": (1, 2**40),
@@ -311,8 +311,6 @@ def configure(argv):
         raise UserError("max_minutes cannot be combined with max_steps or epochs")
     if asked.get("ckpt_shards") and settings["parallel"] == "ddp":
         raise UserError("ckpt_shards needs --parallel=zero2 or zero3")
-    if settings["profile"] and (settings["max_minutes"] or settings["patience"]):
-        raise UserError("profile times the last steps, so it needs max_steps or epochs, and no max_minutes or patience")
     if settings["min_lr"] > settings["max_lr"]:
         raise UserError(f"min_lr={settings['min_lr']:g} is above max_lr={settings['max_lr']:g}; lower it too")
     if unknown := [name for name in map(str.strip, settings["gpu"].split(",")) if name not in PEAK_TFLOPS]:
@@ -325,11 +323,13 @@ def configure(argv):
         raise UserError(f"there is no folder for --profile={settings['profile']}")
     if re.fullmatch(r"[1-9]\d*", settings["bench"]):
         settings.update({k: 0 for k in settings if k.endswith("_interval")})
-        settings.update(max_steps=int(settings["bench"]), max_minutes=0.0)
+        settings.update(max_steps=int(settings["bench"]), max_minutes=0.0, patience=0)
         if not os.path.exists(settings["data"]):
             settings["data"] = "input.txt"  # real batches, whatever is at hand
     elif settings["bench"] not in ("", "ladder"):
         raise UserError(f"bench={settings['bench']!r} must be a number of steps, or ladder")
+    if settings["profile"] and (settings["max_minutes"] or settings["patience"]):
+        raise UserError("profile times the last steps, so it needs max_steps or epochs, and no max_minutes or patience")
     return settings, asked, ckpt
 
 
@@ -360,7 +360,7 @@ def resumed_settings(parser, ckpt, asked):
     hyperparameters are taken, each as if it stood on the command line, but no path: the user must repeat those.
     """
     saved = {k: ckpt["train_config"].get(k, default) for k, default in SETTINGS.items() if k not in NOT_RESUMED}
-    if not isinstance(saved["tokenizer"], str) or not re.fullmatch(r"gpt2|byte|bpe:\d+", saved["tokenizer"]):
+    if not isinstance(saved["tokenizer"], str) or not re.fullmatch(dataset.TOKENIZER_NAME, saved["tokenizer"]):
         saved["tokenizer"] = "model"  # not a path, but the one in the checkpoint
     saved = parse_values(parser, saved, ckpt["path"])
     if saved["recipe"] not in RECIPES:
@@ -424,8 +424,8 @@ def divisors(n):
 
 def count_steps(n_rows, sequences, step=0, position=0):
     """
-    max_steps, or as many as `epochs` need: after this step, which has taken `position` rows, if resumed. 0, unknown
-    as yet, with max_minutes.
+    max_steps, or as many as `epochs` need: after this step, which has taken `position` rows, if resumed. 0 with
+    max_minutes, since the loop asks steps_in_time.
     """
     if max_minutes:
         return 0
@@ -473,9 +473,7 @@ def is_new_best(run):
 
 def out_of_patience(run):
     """Whether this step was validated, and the last `patience` validations brought no new best"""
-    if not patience or run["last_val"]["step"] != run["step"] or is_new_best(run):
-        return False
-    return run["step"] - run["best"]["step"] >= patience * val_interval
+    return 0 < patience <= run["stale"] and run["last_val"]["step"] == run["step"]
 
 
 def is_last(run):
@@ -530,7 +528,7 @@ def should_stop():
 
 
 @contextlib.contextmanager
-def hint(text):
+def notice_if_slow(text):
     """Prints a text if the block takes more than a minute: waiting for a network is silent otherwise."""
     timer = threading.Timer(NOTICE_SECONDS, print, args=[f"train.py: {text}"], kwargs=dict(flush=True))
     timer.daemon = True
@@ -545,8 +543,9 @@ def start_processes(device, rank, world_size):
     """Connects the processes.  -> the name of each one's machine"""
     try:
         store, machines = wait_for_processes(rank, world_size)
-        with hint("the processes cannot exchange data yet. On several machines, NCCL_SOCKET_IFNAME and "
-                  "GLOO_SOCKET_IFNAME name the network they share; on one, NCCL_P2P_DISABLE=1 may help."):
+        with notice_if_slow(
+                "the processes cannot exchange data yet. On several machines, NCCL_SOCKET_IFNAME and "
+                "GLOO_SOCKET_IFNAME name the network they share; on one, NCCL_P2P_DISABLE=1 may help."):
             # Two hours, since a process may have to wait for data that another one prepares.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                     world_size=world_size, timeout=timedelta(hours=2))
@@ -570,7 +569,7 @@ def wait_for_processes(rank, world_size):
         raise ValueError("MASTER_ADDR and MASTER_PORT are not set, or not valid")
     # torchrun usually keeps the store; otherwise the first process does.
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    with hint(f"{address}:{port}, where torchrun or the first process should listen, cannot be reached yet"):
+    with notice_if_slow(f"{address}:{port}, where torchrun or the first process should listen, cannot be reached yet"):
         store = dist.TCPStore(
             address, int(port), is_master=is_host, timeout=timedelta(seconds=START_SECONDS), wait_for_workers=False,
             multi_tenant=True)
@@ -653,6 +652,15 @@ def all_sum(device, *numbers):
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def all_equal(device, *numbers):
+    """Whether these numbers are the same on all processes"""
+    if not dist.is_initialized():
+        return True
+    extremes = torch.tensor([numbers, [-n for n in numbers]], dtype=torch.float64, device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return extremes[0].tolist() == (-extremes[1]).tolist()
 
 
 def training_dtype(device, is_chosen, is_main=True):
@@ -806,13 +814,9 @@ def distill(loss, logits, teacher_logits, targets):
 
 def muon_groups(model):
     """With optimizer=muon, the matrices of the blocks, grouped by shape. c_attn is three in one: for q, k and v."""
-    groups = []
-    if optimizer != "muon":
-        return groups
-    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        matrices = [block.get_submodule(name).weight for block in model.transformer.h]
-        groups.append(dict(params=matrices, parts=3 if name == "attn.c_attn" else 1))
-    return groups
+    parts = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 1, "mlp.c_proj": 1} if optimizer == "muon" else {}
+    return [dict(params=[block.get_submodule(name).weight for block in model.transformer.h], parts=n)
+            for name, n in parts.items()]
 
 
 def make_optimizers(model, device, amp_dtype):
@@ -912,7 +916,8 @@ def shard_model(model, device, amp_dtype, world_size):
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel == "zero3")
     # The rest: a tied embedding and head as one. It is used last and first, so it stays until the backward pass.
-    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype), cast_forward_inputs=False)
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def average_in_bfloat16(group, bucket):
@@ -984,6 +989,7 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
             print(problem, flush=True)
             model.set_compiled(wants_compile := False)
         finally:
+            model.train()
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     return sizes[0], problem
@@ -1092,6 +1098,7 @@ def new_run():
     return dict(
         step=0, evaluated=False,  # whether this step has been evaluated
         last_val=dict(step=-1, loss=math.inf, bpb=math.nan), best=dict(step=-1, loss=math.inf, bpb=math.nan),
+        stale=0,  # validations since the best
         hella=math.nan,  # last HellaSwag score
         recent=[],  # (loss, norm) of the last steps
         skipped=0,  # steps in a row until now
@@ -1174,6 +1181,9 @@ class Saver:
 
     def finish(self, run):
         """Waits until the last checkpoint is written.  -> whether that worked, the same on all processes"""
+        # Not in all_sum, where a process gives up after ten minutes.
+        while all_sum(self.device, self.writing is not None and not self.writing.done())[0]:
+            time.sleep(0.02)
         failed = all_sum(self.device, self.writing is not None and not self.writing.result())[0] > 0
         if failed:
             run["best"] = self.previous_best
@@ -1491,7 +1501,10 @@ def evaluate(run, log, model, held_out, byte_lengths, examples, enc, template, B
             return False
         loss, bpb = nats / tokens, hellaswag.bits_per_byte(nats, n_bytes)
         if is_val:
+            is_repeated = run["last_val"]["step"] == step  # a signal stopped what came after it
             run["last_val"] = dict(step=step, loss=loss, bpb=bpb)
+            if not is_repeated:
+                run["stale"] = 0 if is_new_best(run) else run["stale"] + 1
         if log:
             name = "validation" if is_val else split
             log.record(step, split, loss, f"{name} loss {loss:.4f} nats per token, {bpb:.4f} bits per byte",
@@ -1564,7 +1577,6 @@ def print_bench(times, flops_per_token, peak, world_size, device, facts):
 def write_profile(profiler, seconds):
     """Writes the trace, and prints each kind of work as a share of the seconds that the steps took"""
     from torch.autograd import DeviceType
-    profiler.stop()
     profiler.export_chrome_trace(profile)
     kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     shares = dict.fromkeys([*WORK, "other"], 0.0)
@@ -1700,9 +1712,13 @@ if __name__ == "__main__":
     torch.manual_seed(seed + rank)  # dropout differs between processes
     run = restore(ckpt, optimizers, scaler, loader, device, rank) if ckpt else new_run()
     first_step = run["step"]
-    if all_sum(device, first_step)[0] != first_step * world_size:
+    if not all_equal(device, first_step):
         raise UserError(f"the processes found different checkpoints; out_dir={out_dir} must be one folder for all of "
                         "them, or have the same checkpoints on every machine")
+    if not all_equal(device, int(fingerprint[:8], 16), len(held_out), enc is None):
+        raise UserError("the processes have different data, or only some have the val split or the vocabulary")
+    if not all_equal(device, amp_dtype.itemsize, amp_dtype == torch.float16):
+        raise UserError("the devices differ in what dtype=auto means for them; choose one with --dtype")
     constants = dict(
         version=CHECKPOINT_VERSION, model_config=dataclasses.asdict(raw_model.cfg), tokenizer=spec, template=template,
         train_config=settings, data_fingerprint=fingerprint)
@@ -1740,12 +1756,12 @@ if __name__ == "__main__":
         run["step"] = step
         if max_minutes:
             max_steps = steps_in_time(run, times, device)
-        is_new = step > first_step or not run["evaluated"]  # differs from the checkpoint resumed from
+        has_changed = step > first_step or not run["evaluated"]  # since the checkpoint resumed from
         if not run["evaluated"] and not stop:
             with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
                 run["evaluated"] = evaluate(run, B=loader.B, **evaluation)
             stop = not run["evaluated"]
-        checkpoint_due = (step > 0 and is_new and is_due(ckpt_interval, run)) or (patience and is_new_best(run))
+        checkpoint_due = (step > 0 and has_changed and is_due(ckpt_interval, run)) or (patience and is_new_best(run))
         if not bench and (stop or checkpoint_due):
             saver.save(run, constants, raw_model, optimizers, scaler, loader)
         if stop or is_last(run):
@@ -1756,7 +1772,7 @@ if __name__ == "__main__":
             profiler = torch.profiler.profile(acc_events=True)
             profiler.start()
         began = time.perf_counter()
-        loss = add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size)
+        own_loss = add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size)
 
         # one update, unless the step is to be skipped
         lr = set_rates(optimizers, step)
@@ -1764,7 +1780,7 @@ if __name__ == "__main__":
             scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         norm = gathered(norm).item()  # the same on all processes
-        own_loss = loss.item() / world_size
+        own_loss = own_loss.item() / world_size
         loss, stop = all_sum(device, own_loss, should_stop())
         reason = skip_reason(loss, norm, run["recent"])
         for o in optimizers:
@@ -1773,15 +1789,16 @@ if __name__ == "__main__":
             o.zero_grad(set_to_none=True)
         scaler.update()
         run["skipped"] = run["skipped"] + 1 if reason else 0
-        # With a scaler an overflow is routine: it tries a smaller scale.
-        if reason and not bench and (math.isfinite(norm) or not scaler.is_enabled()):
-            if is_main or not math.isfinite(own_loss):
-                places = loader.describe_last_rows(sequences // loader.B)
-                print(f"step {step} is skipped: {reason}; the data of rank {rank}: {places}", flush=True)
+        is_routine = scaler.is_enabled() and not math.isfinite(norm)  # the scaler tries a smaller scale
+        if reason and not (bench or is_routine) and (is_main or not math.isfinite(own_loss)):
+            places = loader.describe_last_rows(sequences // loader.B)
+            print(f"step {step} is skipped: {reason}; the data of rank {rank}: {places}", flush=True)
         if run["skipped"] >= MAX_SKIPPED:
             raise UserError(f"{run['skipped']} steps in a row were skipped, up to {step}; {advise(run)}")
 
         times.append(time.perf_counter() - began)
+        if profiler and step == max_steps - 1:
+            profiler.stop()
         run["evaluated"] = False
         run["seconds"] += times[-1]
         run["usd"] += dollars(times[-1], world_size)
@@ -1802,7 +1819,5 @@ if __name__ == "__main__":
             log.wandb.finish()
         print_summary(run, stop, problem)
     signum = should_stop()
-    exit_code = 128 + signum if signum else 0
-    if not saved:
-        exit_code = 1
-    end_process(exit_code)
+    stopped_code = 128 + signum if signum else 0
+    end_process(stopped_code if saved else 1)
