@@ -1311,14 +1311,15 @@ def get_text(row, key, required=True):
 
 
 def holds_pairs(path):
-    """Whether a file is .jsonl, and its first readable line has a key of pairs, and no text"""
+    """Whether a file is .jsonl, and its first readable line has a key that only pairs have"""
     if not path.lower().endswith(".jsonl") or not os.path.isfile(path):
         return False
     for _, line in itertools.islice(read_lines(path), 100):
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            keys = ("messages", "instruction", "prompt")
-            return isinstance(row, dict) and "text" not in row and not row.keys().isdisjoint(keys)
+            if not isinstance(row, dict) or row.keys() >= {"prompt", "text"} and "response" not in row:
+                return False  # a table of texts may say how each was asked for
+            return not row.keys().isdisjoint(("messages", "instruction", "prompt"))
     return False
 
 

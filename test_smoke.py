@@ -400,6 +400,47 @@ def test_sampling_follows_the_probabilities():
     assert drawn.flatten().bincount() / 20000 == pytest.approx(probs, abs=0.015)
 
 
+def test_a_low_temperature_makes_the_likely_likelier():
+    logits = torch.tensor([0.0, math.log(3)]).repeat(20000, 1)
+    drawn = model_file.sample(logits, temperature=0.5, generator=torch.Generator().manual_seed(0))
+    assert drawn.float().mean().item() == pytest.approx(0.9, abs=0.01)
+
+
+def test_top_p_counts_among_the_top_k():
+    logits = torch.tensor([0.6, 0.3, 0.1]).log().repeat(100, 1)
+    assert model_file.sample(logits, top_k=2, top_p=0.5).unique().tolist() == [0]
+
+
+def test_a_sample_in_the_middle_of_training_leaves_the_model_in_training():
+    model = GPT(small()).train()
+    model.generate(torch.zeros(1, 1, dtype=torch.long), 2)
+    assert model.training
+
+
+def test_zero_init_is_for_the_projections_into_the_residual_stream():
+    model = GPT(small(zero_init=True, tie_head=False))
+    zero = {name for name, p in model.named_parameters() if p.dim() == 2 and not p.any()}
+    assert zero == {f"transformer.h.{i}.{part}.c_proj.weight" for i in range(2) for part in ("attn", "mlp")}
+
+
+def test_a_checkpoint_of_nanogpt_without_biases_is_read(tmp_path):
+    model = lively(bias=False, act="gelu_erf")
+    torch.save(dict(model=model.state_dict(), model_args=dict(n_head=2), iter_num=7), tmp_path / "ckpt.pt")
+    theirs, rest = load_checkpoint(str(tmp_path / "ckpt.pt"))
+    idx = torch.randint(64, (1, 9))
+    assert rest["step"] == 7 and torch.equal(theirs(idx, idx)[0], model(idx, idx)[0])
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model_type", "llama"), ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False), ("n_inner", 100),
+    ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True), ("activation_function", "silu")])
+def test_a_hugging_face_model_that_is_not_quite_a_gpt2_is_refused(key, value):
+    config = dict(n_positions=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
+    model_file.import_config(config, "x")
+    with pytest.raises(UserError, match=f"x has {key}={value}; "):
+        model_file.import_config({**config, key: value}, "x")
+
+
 @torch.no_grad()
 def generate_without_cache(model, prompt, n):
     """The whole window anew for every token; when the context is full, the last half of it"""
@@ -1472,6 +1513,54 @@ def test_a_tilde_at_the_beginning_of_a_value_is_the_home_folder(monkeypatch, arg
     assert dataset.Parser().parse_args([argument]) == [expected]
 
 
+def test_a_budget_counts_bytes_and_is_kept_when_a_preparation_continues():
+    def read(n_done):
+        return (([("я" * 10, True)], n) for n in range((n_done or 0) + 1, 20))
+
+    def texts_after(position):
+        batches = list(dataset.read_batches([source], position, (100, 0, 0), 100))
+        return [text for by_split, _ in batches for text, _ in by_split["train"]], [p for _, p in batches]
+
+    source = dataset.Source("x", "x", read)
+    texts, positions = texts_after((0, None, 0, 0))
+    assert texts == ["я" * 10] * 5  # 20 bytes each
+    assert [len(texts_after(position)[0]) for position in positions] == [4, 3, 2, 1, 0]
+
+
+def test_the_budget_of_a_named_source_is_its_own(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dataset, "write_shards", lambda *args, **options: seen.append(args[3]) or [])
+    dataset.prepare("custom-gpt", out=str(tmp_path / "a"))
+    dataset.prepare("custom-gpt", out=str(tmp_path / "b"), max_bytes=1000)
+    assert [settings["max_bytes"] for settings in seen] == [2_500_000_000, 1000]
+
+
+def test_a_text_divided_in_another_way_is_not_taken_for_the_same(tmp_path):
+    path = write_text(tmp_path / "t.txt", stories(30))
+    prepare(tmp_path, path, "byte")
+    with pytest.raises(UserError, match="was made with doc_sep="):
+        prepare(tmp_path, path, "byte", doc_sep="")
+
+
+def test_a_tokenizer_is_trained_on_all_sources(tmp_path):
+    paths = [write_text(tmp_path / f"{text}.txt", [f"{text} " * 100]) for text in ("ab", "zq")]
+    dataset.prepare(",".join(paths), "bpe:262", out=str(tmp_path / "d"), splits="100/0")
+    merges = dataset.read_manifest(str(tmp_path / "d"))["tokenizer"]["merges"]
+    assert ["a", "b"] in merges and ["z", "q"] in merges
+
+
+def test_only_failures_in_a_row_end_a_download(monkeypatch):
+    def read_stream(name, column, options, worker, state):
+        yield [str(state)], (state or 0) + 1
+        if state != 20:
+            raise ConnectionError("gone")
+
+    monkeypatch.setattr(dataset, "read_stream", read_stream)
+    monkeypatch.setattr(dataset.time, "sleep", lambda seconds: None)
+    batches = list(dataset.read_dataset("x", "text", dict(path="x", name=None), None, None))
+    assert len(batches) == 21
+
+
 def test_a_changed_text_is_not_taken_for_the_old_one(tmp_path):
     prepare(tmp_path, write_text(tmp_path / "t.txt", stories(30)), "byte")
     with pytest.raises(UserError, match="another version"):
@@ -1600,6 +1689,25 @@ def encode_pair(row, enc=get_tokenizer("byte")):
 def test_a_pair_is_read_whatever_its_format(kind):
     line, turns = PAIR_LINES[kind]
     assert dataset.parse_pair(json.dumps(line).encode())[1] == turns
+
+
+@pytest.mark.parametrize("kind", PAIR_LINES)
+def test_a_file_of_pairs_is_recognised_whatever_its_format(tmp_path, kind):
+    assert dataset.holds_pairs(write_lines(tmp_path / "p.jsonl", [PAIR_LINES[kind][0]]))
+
+
+def test_a_prompt_is_stripped_as_in_training():
+    enc, template = get_tokenizer("byte"), dataset.chat_template(get_tokenizer("byte"))
+    expected = dataset.encode_chat(enc, template, [("Hi", None)])[0]
+    assert dataset.prompt_tokens(enc, template, [(" Hi\n", None)]) == expected
+
+
+def test_the_key_is_not_replaced_by_a_login_in_netrc(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine localhost login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+    request = dataset.open_session(1).prepare_request(requests.Request("POST", "http://localhost/v1"))
+    assert request.headers["Authorization"] == "Bearer sk-mine"
 
 
 @pytest.mark.parametrize("spec, user, assistant", [
@@ -3139,7 +3247,7 @@ def test_a_profile_knows_what_an_operation_is_for(name, expected):
     assert next(k for k, names in train.WORK.items() if re.search(names, name, re.IGNORECASE)) == expected
 
 
-@pytest.mark.parametrize("options", [["--recipe=sft", "--data=t.txt", "--bench=5"], ["--max_steps=5"]], ids=str)
+@pytest.mark.parametrize("options", [["--patience=2", "--bench=5"], ["--max_steps=5"]], ids=str)
 def test_a_profile_is_a_trace_and_says_what_the_steps_spent_their_time_on(workspace, tmp_path, options):
     path = tmp_path / "trace.json"
     r = run_ok(here("train.py"), *FAST, *options, f"--profile={path}", f"--out_dir={tmp_path}", cwd=workspace)
@@ -3378,6 +3486,39 @@ def servers(chat_runs, workspace):
 def greedy(workspace, folder, prompt, n=8, **options):
     options = {**dict(max_new_tokens=n, temperature=0, out_dir=str(workspace / folder), device="cpu"), **options}
     return eval_script.generate_text(prompt, dtype="float32", **options)
+
+
+def test_seed_0_is_a_seed():
+    assert eval_script.make_generator(GPT(small()), 0).initial_seed() == 0
+
+
+def test_the_split_that_is_measured_is_the_one_asked_for(workspace):
+    tokens = eval_script.read_tokens(str(workspace / "data/t"), get_tokenizer("byte"), "train")
+    assert tokens.tolist() == read_split(workspace / "data/t", "train")
+
+
+def test_a_comparison_on_a_text_is_on_that_text(workspace, capsys):
+    path, text = str(workspace / CKPT), str(workspace / "t.txt")
+    eval_script.compare([path], text, "val", None, [], None, None, "cpu", "float32")
+    loss = eval_script.measure(*eval_script.load(path, device="cpu", dtype="float32")[:2], text)["loss"]
+    assert capsys.readouterr().out.splitlines()[2].split()[3] == f"{loss:.4f}"
+
+
+@pytest.mark.parametrize("served, host, is_allowed", [
+    ("0.0.0.0", "10.0.0.5:8000", True), ("0.0.0.0", "evil.com", False), ("127.0.0.1", "10.0.0.5:8000", False),
+    ("127.0.0.1", "127.0.0.1:8000", True)])
+def test_a_server_answers_at_the_address_it_was_started_for(served, host, is_allowed):
+    handler = argparse.Namespace(headers={"Host": host}, server=argparse.Namespace(hosts={served}))
+    with contextlib.nullcontext() if is_allowed else pytest.raises(eval_script.BadRequest):
+        eval_script.Handler.check_sender(handler)
+
+
+def test_the_tokens_of_a_text_that_ends_early_are_counted(servers, workspace):
+    text = greedy(workspace, "runs/fp32", "Once").removeprefix("Once")
+    request = dict(model="fp32", prompt="Once", max_tokens=8, temperature=0, stop=text[2])
+    r = requests.post(f"{servers['fp32']}/v1/completions", json=request).json()
+    assert r["choices"][0]["finish_reason"] == "stop"
+    assert r["usage"]["completion_tokens"] == text.index(text[2]) + 1 < 8
 
 
 def test_a_served_model_says_what_generate_text_does(servers, workspace):
@@ -3712,6 +3853,11 @@ def test_scores_equal_a_slow_loop_over_single_endings(monkeypatch, switches, bud
     assert fast == pytest.approx(slow, rel=1e-5) and len(set(slow)) > 4 and 5 < slow[3] < 60
     shares = [hellaswag.evaluate(model, enc, examples, rank, 3) for rank in range(3)]
     assert tuple(map(sum, zip(*shares))) == (*slow[:3], 60)
+    assert hellaswag.task_scores(model, enc, "lambada", examples)["lambada", "acc"] == slow[3] / 60
+
+
+def test_the_standard_error_of_half_of_a_hundred_is_5_percent():
+    assert hellaswag.with_error("acc", 0.5, 100) == "acc 0.5000 +- 0.0500"
 
 
 def test_a_long_hellaswag_example_loses_the_beginning_of_its_context():
@@ -3766,6 +3912,21 @@ def test_plot_draws_a_run_and_several(workspace, tmp_path):
     run_ok(here("plot.py"), "log.txt", "--dark", f"--out={tmp_path}/dark.png", cwd=workspace / "runs/fp32")
     assert is_picture(tmp_path / "dark.png")
     assert (tmp_path / "dark.png").read_bytes() != (workspace / "runs/fp32/log.png").read_bytes()
+
+
+def test_a_picture_shows_in_each_panel_what_its_title_says(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    (tmp_path / "log.txt").write_text("".join(
+        f"{i} train {9 if i == 0 else 5 - i / 100} lr={i}e-3 tok_s={i}00\n{i} hella 0.{i + 10}\n" for i in range(40)))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self))
+    plot.plot([str(tmp_path / "log.txt")], "x.png")
+    axes = {ax.get_title() or ax.get_ylabel(): ax for ax in figures[0].axes}
+    last = {title: ax.lines[0].get_ydata()[-1] for title, ax in axes.items()}
+    assert last == {"learning rate": 0.039, "tokens per second": 3900, "HellaSwag accuracy": 0.49,
+                    "loss, nats per token": pytest.approx(4.61)}
+    low, high = axes["loss, nats per token"].get_ylim()
+    assert low < 4.61 and 4.99 < high < 9  # all but the first
 
 
 def test_plot_names_the_file_it_writes(tmp_path, monkeypatch, capsys):
