@@ -2307,6 +2307,8 @@ c10d._set_pg_timeout = lambda timeout: set_timeout(timedelta(seconds=1))
 def test_two_processes_give_the_losses_of_one(workspace, one_process):
     run_ok(*torchrun(2), here("train.py"), *NO_DROPOUT, "--out_dir=runs/two", cwd=workspace)
     assert_same_losses(workspace / "runs/two", one_process)
+    first, second = read_checkpoint(find_checkpoints(workspace / "runs/two")[-1])["rng"]
+    assert not torch.equal(first["cpu"], second["cpu"])  # dropout would differ
 
 
 RESUME = ["--resume=runs/one/checkpoints/model_000006.pt", "--data=data/t"]
@@ -2577,6 +2579,49 @@ def test_training_stops_when_validation_gets_no_better_and_keeps_the_best_checkp
 def set_globals(monkeypatch, **values):
     for name, value in values.items():
         monkeypatch.setattr(train, name, value, raising=False)
+
+
+def test_adamw_gets_its_rate_betas_eps_and_decay(monkeypatch):
+    set_globals(monkeypatch, optimizer="adamw", max_lr=0.1, beta1=0.2, beta2=0.3, eps=0.4, weight_decay=0.5)
+    [o] = train.make_optimizers(GPT(small()), torch.device("cpu"), torch.float32)
+    assert all((g["lr"], g["betas"], g["eps"]) == (0.1, (0.2, 0.3), 0.4) for g in o.param_groups)
+    decay = {p.dim(): g["weight_decay"] for g in o.param_groups for p in g["params"]}
+    assert decay == {2: 0.5, 1: 0.0}
+
+
+def test_without_a_limit_gradients_are_not_clipped(workspace, tmp_path):
+    for limit in (0, 1e6):
+        options = [f"--grad_clip={limit}", "--max_steps=3", f"--out_dir={tmp_path}/{limit}"]
+        run_ok(here("train.py"), *FAST, *options, cwd=workspace)
+    assert losses(tmp_path / "0") == losses(tmp_path / "1000000.0") != losses(workspace / "runs/fp32")[:3]
+
+
+def test_a_resumed_run_uses_the_present_weight_decay(workspace, tmp_path):
+    options = ["--resume=runs/fp32", "--data=data/t", "--max_steps=31", "--weight_decay=0.9", f"--out_dir={tmp_path}"]
+    run_ok(here("train.py"), *options, cwd=workspace)
+    [optimizer] = read_checkpoint(find_checkpoints(tmp_path)[-1])["optimizers"]
+    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.9, 0.0]
+
+
+def test_empty_lines_in_a_sample_become_one(monkeypatch, capsys):
+    enc, model = get_tokenizer("byte"), GPT(small())
+    tokens = [*enc.encode_ordinary("b\n\n\n\nc"), enc.eot_token]
+    monkeypatch.setattr(model, "stream", lambda *args, **options: (torch.tensor([[t]]) for t in tokens))
+    set_globals(monkeypatch, sample_prompt="a", sample_temperature=0.0, seed=1)
+    train.print_sample(3, model, enc, None)
+    assert capsys.readouterr().out == "sample at step 3: ab\n\nc\n\n"
+
+
+def test_a_resumed_run_keeps_its_micro_batch(monkeypatch):
+    set_globals(monkeypatch, compile="false", block_size=16, micro_batch=0)
+    found = [train.find_micro_batch(GPT(small()), None, torch.device("cpu"), torch.float32, 12, previous, 1)[0]
+             for previous in (0, 4)]
+    assert found == [12, 4]
+
+
+def test_only_a_step_that_was_validated_can_be_the_best():
+    run = {**train.new_run(), "step": 12, "last_val": dict(step=10, loss=1.0)}
+    assert not train.is_new_best(run) and train.is_new_best({**run, "step": 10})
 
 
 def test_patience_counts_validations_since_the_best_one(monkeypatch):
@@ -3095,6 +3140,8 @@ def test_float16_trains_with_a_scaler_that_checkpoints_keep(workspace, tmp_path)
     run_ok(here("train.py"), *options, cwd=workspace)
     ckpt = read_checkpoint(find_checkpoints(str(tmp_path))[-1])
     assert ckpt["train_config"]["dtype"] == "float16" and ckpt["scaler"]["_growth_tracker"] == 5
+    run_ok(here("train.py"), "--resume", "--data=data/t", "--max_steps=7", f"--out_dir={tmp_path}", cwd=workspace)
+    assert read_checkpoint(find_checkpoints(str(tmp_path))[-1])["scaler"]["_growth_tracker"] == 7
 
 
 def test_a_recipes_float16_becomes_float32_on_a_cpu_that_is_slow_in_it(recipes):
@@ -3230,6 +3277,11 @@ def test_a_dry_run_is_for_the_gpus_that_are_named(tmp_path):
     for (name, cost), (expected, tflops) in zip(costs, [("L40S", 362), ("T4", 65)], strict=True):
         hours = flops / (0.4 * tflops * 1e12) / 3600
         assert name == expected and float(cost.replace(",", "")) == pytest.approx(2 * hours, rel=0.01)
+
+
+def test_bench_times_training_alone():
+    settings = train.configure(["--bench=3"])[0]
+    assert not any(value for name, value in settings.items() if name.endswith("_interval"))
 
 
 def test_bench_prints_one_line_of_json_and_writes_nothing(workspace):
