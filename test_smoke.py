@@ -3058,6 +3058,27 @@ def test_checkpoints_are_ordered_by_step_not_by_letters(tmp_path):
     assert names == ["model_999000.pt", "model_1000000.pt"]
 
 
+def test_the_first_id_outside_of_the_vocabulary_is_refused(tmp_path):
+    dataset.write_shard(str(tmp_path / "train_000000.bin"), [64] * 40)
+    DataLoader(str(tmp_path), "train", 1, 8, vocab_size=65).next_batch()
+    with pytest.raises(UserError, match="token 64 at .* is outside the vocabulary of 64"):
+        DataLoader(str(tmp_path), "train", 1, 8, vocab_size=64).next_batch()
+
+
+def test_shards_from_elsewhere_of_another_length_are_other_data(tmp_path):
+    found = set()
+    for n in (40, 41):
+        dataset.write_shard(str(tmp_path / "train_000000.bin"), [1] * n)
+        found.add(DataLoader(str(tmp_path), "train", 1, 8).rows.fingerprint())
+    assert len(found) == 2
+
+
+def test_pairs_that_are_cut_fill_no_more_than_their_rows(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [dict(prompt="a" * 500, response="b" * 500) for _ in range(20)])
+    rows = PackedPairs(Pairs(path, get_tokenizer("byte")), "train", 64)
+    assert " 18 rows, 100.0% filled; 18 pairs are longer" in rows.summary()
+
+
 def test_the_split_of_a_shard_from_elsewhere_is_a_word_in_its_name(tmp_path):
     for name in ("retrieval_train_0.bin", "train001.npy", "xval.bin", "fineweb_val_0.bin", "val.bin", "val.txt"):
         (tmp_path / name).touch()
