@@ -98,7 +98,9 @@ def report_error(kind, error, trace):
 
 
 def is_out_of_memory(error):
-    return isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)) is not None
+    """Python's error, or torch's for CPUs and for CUDA"""
+    text = f"{type(error).__name__}: {error}"
+    return re.search("MemoryError|allocate memory|out of memory", text) is not None
 
 
 class LossyFile(io.FileIO):
@@ -680,7 +682,7 @@ def open_files(name, paths, column, doc_sep, worker):
 
 def check_divisible(name, n, worker):
     if n < worker.count:
-        raise UserError(f"{name} has only {n} files or row groups, too few for {worker.count} workers")
+        raise UserError(f"{name} has too few files or row groups, {n}, for {worker.count} workers")
 
 
 def open_text(paths, size, doc_sep):

@@ -597,7 +597,9 @@ def test_an_export_of_as_many_tokens_as_padded_gpt2_has_keeps_them_all(tmp_path)
 
 
 def test_a_lack_of_memory_is_not_taken_for_a_damaged_file():
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    assert not dataset.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError(),
+                  RuntimeError("CUDA error: out of memory")):
         with pytest.raises(type(error)), dataset.reading("model.pt", "a checkpoint"):
             raise error
 
@@ -2619,6 +2621,39 @@ def test_a_resumed_run_keeps_its_micro_batch(monkeypatch):
     assert found == [12, 4]
 
 
+def test_muon_gets_its_decay_and_without_a_rate_of_its_own_adamws(monkeypatch):
+    model = GPT(small())
+    for muon_lr, expected in ((0.0, 0.1), (0.02, 0.02)):
+        set_globals(monkeypatch, optimizer="muon", muon_lr=muon_lr, max_lr=0.1, min_lr=0.0, warmup_steps=0,
+                    max_steps=10, weight_decay=0.5)
+        muon, adamw = optimizers = train.make_optimizers(model, torch.device("cpu"), torch.float32)
+        train.set_rates(optimizers, 0)
+        assert all(g["lr"] == pytest.approx(expected) and g["weight_decay"] == 0.5 for g in muon.param_groups)
+
+
+def test_the_command_line_overrides_a_config_file_and_1_is_true(tmp_path):
+    (tmp_path / "c.json").write_text('{"recipe": "tiny", "max_lr": 1e-3, "seed": 5}')
+    command = [f"--config={tmp_path}/c.json", "--recipe=shakespeare", "--max_lr=2e-3", "--doc_mask=1"]
+    settings = train.configure(command)[0]
+    assert (settings["max_lr"], settings["seed"], settings["doc_mask"]) == (2e-3, 5, True)
+    assert settings["block_size"] == train.RECIPES["shakespeare"]["block_size"] != train.RECIPES["tiny"]["block_size"]
+
+
+def test_a_window_longer_than_a_cpus_micro_batch_is_one(monkeypatch):
+    set_globals(monkeypatch, compile="false", block_size=8192, micro_batch=0)
+    found = train.find_micro_batch(GPT(small()), None, torch.device("cpu"), torch.float32, 12, 0, 1)
+    assert found == (1, "")
+
+
+def test_every_older_run_in_a_folder_keeps_a_name_of_its_own(tmp_path, monkeypatch):
+    set_globals(monkeypatch, out_dir=str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    for i in range(3):
+        (tmp_path / "log.txt").write_text(str(i))
+        train.prepare_out_dir(train.new_run(), None)
+    assert [(tmp_path / f"log.{i + 1}.txt").read_text() for i in range(3)] == ["0", "1", "2"]
+
+
 def test_only_a_step_that_was_validated_can_be_the_best():
     run = {**train.new_run(), "step": 12, "last_val": dict(step=10, loss=1.0)}
     assert not train.is_new_best(run) and train.is_new_best({**run, "step": 10})
@@ -3071,6 +3106,35 @@ def test_shards_from_elsewhere_of_another_length_are_other_data(tmp_path):
         dataset.write_shard(str(tmp_path / "train_000000.bin"), [1] * n)
         found.add(DataLoader(str(tmp_path), "train", 1, 8).rows.fingerprint())
     assert len(found) == 2
+
+
+def test_a_document_of_shards_from_elsewhere_begins_with_gpt2s_end_of_text(tmp_path):
+    dataset.write_shard(str(tmp_path / "train_000000.bin"), [50256, 1, 2, 50256, 3, 50256, 4, 5, 6])
+    *_, document = DataLoader(str(tmp_path), "train", 1, 8, doc_mask=True).next_batch()
+    assert document.tolist() == [[1, 1, 1, 2, 2, 3, 3, 3]]
+
+
+def test_a_window_may_fill_its_split_but_not_exceed_it(tmp_path):
+    dataset.write_shard(str(tmp_path / "train_000000.bin"), range(9))
+    assert len(DataLoader(str(tmp_path), "train", 1, 8).rows) == 1
+    with pytest.raises(UserError, match="has 9 tokens; a window takes block_size [+] 1 = 10"):
+        DataLoader(str(tmp_path), "train", 1, 9)
+
+
+def test_a_shard_that_is_longer_than_its_manifest_says_is_refused(tmp_path):
+    folder = prepare(tmp_path, write_text(tmp_path / "t.txt", stories(9)), "byte")
+    path = os.path.join(folder, "train_000000.bin")
+    dataset.write_shard(path, [*dataset.read_shard(path), 5])
+    with pytest.raises(UserError, match="meta.json says"):
+        DataLoader(folder, "train", 1, 8)
+
+
+def test_a_shard_that_is_written_again_with_other_tokens_has_changed(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "a")
+    loader, path = DataLoader(str(tmp_path / "a"), "val", 1, 16), tmp_path / "a/val_000000.bin"
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(UserError, match="has changed since"):
+        loader.next_batch()
 
 
 def test_pairs_that_are_cut_fill_no_more_than_their_rows(tmp_path):
@@ -5040,7 +5104,7 @@ MISTAKES = {
     "a worker too many": (["dataset.py", "--worker=16/16"], "16/16 must be one of 0/16, 1/16, ..., 15/16"),
     "a worker for a text file": ([*TXT, "--worker=0/2"], "--worker divides .jsonl, .parquet and Hugging Face data"),
     "too many workers": (["dataset.py", "--source=pairs.jsonl", "--column=response", "--worker=0/2"],
-                         "pairs.jsonl has only 1 files or row groups, too few for 2 workers"),
+                         "pairs.jsonl has too few files or row groups, 1, for 2 workers"),
     "a worker with a tokenizer to train": ([*TXT[:1], "--worker=0/2", "--tokenizer=bpe:300"],
                                            "--worker needs a tokenizer that exists"),
     "a worker with a limit": (["dataset.py", "--worker=0/2", "--max_bytes=100"], "cannot know where max_bytes"),

@@ -88,7 +88,7 @@ beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
 grad_clip = 1.0  # largest gradient norm; 0: no limit
-spike_guard = 0.0  # skip a step whose loss or norm is this many deviations above the mean of the last 128; 0: never
+spike_guard = 0.0  # skip a step whose loss or norm is this many standard deviations above its recent mean; 0: never
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16 | float16
 tf32 = True  # multiply float32 matrices in TensorFloat-32 on CUDA
@@ -121,7 +121,7 @@ SETTINGS = {k: v for k, v in globals().items() if k[0] != "_" and k.islower() an
 # The fields of GPTConfig are options too. vocab_size=0 is the tokenizer's size, rounded up to a multiple of 128.
 SHAPE = {f.name: f.default for f in dataclasses.fields(GPTConfig) if f.name != "n_tokens"} | {"vocab_size": 0}
 SETTINGS |= SHAPE
-# globals().update(settings) sets all; these are used by name below.
+# globals().update(settings) sets them all; this file uses these four by name.
 block_size, vocab_size, dropout, attention = (SHAPE[k] for k in ("block_size", "vocab_size", "dropout", "attention"))
 
 ALLOWED = {
@@ -976,7 +976,7 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
             break
         except Exception as e:  # a compiler can fail in any way
             reason = " ".join(str(e).split())[:150]
-            if isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e):
+            if dataset.is_out_of_memory(e):
                 if len(sizes) == 1:
                     raise UserError(out_of_memory_advice(sizes[0])) from None
                 sizes.pop(0)
@@ -1072,13 +1072,13 @@ def add_micro_batches(model, teacher_model, loader, scaler, amp_dtype, sequences
 
 
 def add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size):
-    """add_micro_batches; a single process that runs out of memory begins again with smaller ones"""
+    """add_micro_batches, begun again with smaller ones when a single process runs out of memory"""
     before = loader.state_dict()
     while True:
         try:
             return add_micro_batches(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size)
         except RuntimeError as e:  # torch.OutOfMemoryError is one
-            if "out of memory" not in str(e):
+            if not dataset.is_out_of_memory(e):
                 raise
             if world_size > 1 or loader.B == 1:  # other processes would wait for this one
                 raise UserError(out_of_memory_advice(loader.B) + "; then --resume") from None
