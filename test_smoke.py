@@ -2309,8 +2309,18 @@ c10d._set_pg_timeout = lambda timeout: set_timeout(timedelta(seconds=1))
 def test_two_processes_give_the_losses_of_one(workspace, one_process):
     run_ok(*torchrun(2), here("train.py"), *NO_DROPOUT, "--out_dir=runs/two", cwd=workspace)
     assert_same_losses(workspace / "runs/two", one_process)
-    first, second = read_checkpoint(find_checkpoints(workspace / "runs/two")[-1])["rng"]
-    assert not torch.equal(first["cpu"], second["cpu"])  # dropout would differ
+
+
+def test_dropout_differs_from_process_to_process_and_from_step_to_step(workspace, tmp_path):
+    draw = """
+import torch
+from data_loader import DataLoader
+next_batch = DataLoader.next_batch
+DataLoader.next_batch = lambda loader: print(f"drew {torch.rand(()).item()}\\n", end="") or next_batch(loader)
+"""
+    r = run_ok(here("train.py"), *FAST, "--max_steps=3", f"--out_dir={tmp_path}", cwd=workspace, n=2, before=draw)
+    drawn = re.findall("drew (.*)", r.stdout)
+    assert len(drawn) == len(set(drawn)) >= 6
 
 
 RESUME = ["--resume=runs/one/checkpoints/model_000006.pt", "--data=data/t"]
@@ -2830,7 +2840,7 @@ def test_fine_tuning_uses_the_models_own_tokenizer_and_so_does_a_resumed_run(cha
 def test_a_checkpoint_is_plain_data_and_the_whole_run(workspace):
     ckpt = torch.load(workspace / CKPT, weights_only=True)
     assert ckpt.keys() == {
-        "version", "step", "run", "model", "optimizers", "scaler", "rng", "loader", "micro_batch", "model_config",
+        "version", "step", "run", "model", "optimizers", "scaler", "loader", "micro_batch", "model_config",
         "train_config", "tokenizer", "template", "data_fingerprint"}
     assert ckpt["step"] == ckpt["run"]["step"] == 30 and ckpt["run"]["tokens"] == 30 * 256
     assert ckpt["loader"] == {"position": 30 * 8}
@@ -4872,7 +4882,7 @@ def resume_in_memory(path):
     model = model_file.build_model(model_file.make_config(ckpt["model_config"], path), ckpt.pop("model"), path)
     optimizers = [torch.optim.AdamW(model.parameters())]
     loader = argparse.Namespace(load_state_dict=lambda state: state)
-    train.restore(ckpt, optimizers, torch.amp.GradScaler("cpu", enabled=False), loader, torch.device("cpu"), 0)
+    train.restore(ckpt, optimizers, torch.amp.GradScaler("cpu", enabled=False), loader, torch.device("cpu"))
 
 
 def read_checkpoint_both_ways(path):
@@ -4913,7 +4923,7 @@ def make_originals(folder):
         version=model_file.CHECKPOINT_VERSION, model_config=cfg, tokenizer={"name": "byte"}, template=None, step=3,
         train_config=train.SETTINGS, data_fingerprint="x", micro_batch=1, model=model.state_dict(),
         run={**train.new_run(), "step": 3},
-        optimizers=[optimizer.state_dict()], scaler={}, rng=[{"cpu": torch.get_rng_state()}],
+        optimizers=[optimizer.state_dict()], scaler={},
         loader={"position": 3}), folder / "model.pt")
     GPT(small(vocab_size=257)).save_pretrained(str(folder / "hf"))
     spec = dict(tokenizer=manifest["tokenizer"], template={"user": "U", "assistant": "A"})

@@ -144,7 +144,6 @@ UNKNOWN_STEPS = 2**40  # max_steps with max_minutes, until a step has been timed
 MAX_SKIPPED = 20  # steps in a row that may be skipped
 NOTICE_SECONDS = 60  # until processes that have not started are named
 START_SECONDS = 1800  # until a run without them ends; they may be downloading a model
-RNG = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who keeps the random state of each kind of device
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # save and exit; USR1 is Slurm's early warning
 REPEAT_SECONDS = 3  # torchrun and Slurm both forward a signal: a repeat within this time is the same one
 
@@ -1094,7 +1093,7 @@ def add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, wo
 # -- checkpoints and the log
 
 def new_run():
-    """What changes in a run and must survive a restart, besides weights, optimizers, random states and position"""
+    """What changes in a run and must survive a restart, besides weights, optimizers and position"""
     return dict(
         step=0, evaluated=False,  # whether this step has been evaluated
         last_val=dict(step=-1, loss=math.inf, bpb=math.nan), best=dict(step=-1, loss=math.inf, bpb=math.nan),
@@ -1114,7 +1113,7 @@ def read_run(path):
         like = {**new_run(), "recent": [[0.0]], "wandb_id": run["wandb_id"]}
         dataset.check_types(ckpt, dict(
             run=like, step=0, micro_batch=0, loader=dict(position=0), data_fingerprint="", train_config={},
-            optimizers=[dict(state={})], scaler={}, rng=[{}]))
+            optimizers=[dict(state={})], scaler={}))
         if min(run["step"], run["skipped"], ckpt["micro_batch"], ckpt["loader"]["position"]) < 0:
             raise ValueError("below zero")
         if run["step"] != ckpt["step"] or not re.fullmatch(r"[\w-]*", run["wandb_id"] or ""):
@@ -1162,10 +1161,6 @@ class Saver:
         self.previous_best = run["best"]
         if is_new_best(run):
             run["best"] = dict(run["last_val"])
-        rng = [{kind: RNG[kind].get_rng_state() for kind in ("cpu", self.device.type)}]
-        if self.count > 1:
-            states, rng = rng[0], [None] * self.count
-            dist.all_gather_object(rng, states)
         path, collect, is_writing = checkpoint_path(run["step"]), gathered, self.rank == 0
         if ckpt_shards and parallel != "ddp" and self.count > 1:
             path, collect, is_writing = part_path(path, self.rank, self.count), own_part, True
@@ -1176,7 +1171,7 @@ class Saver:
             if model.cfg.tie_head:
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
             self.writing = writer.submit(write_checkpoint, path, dict(
-                constants, step=run["step"], run=copy.deepcopy(run), model=weights, optimizers=moments, rng=rng,
+                constants, step=run["step"], run=copy.deepcopy(run), model=weights, optimizers=moments,
                 scaler=scaler.state_dict(), loader=loader.state_dict(), micro_batch=loader.B))
 
     def finish(self, run):
@@ -1244,7 +1239,7 @@ def remove_path(path):
             os.remove(path)
 
 
-def restore(ckpt, optimizers, scaler, loader, device, rank):
+def restore(ckpt, optimizers, scaler, loader, device):
     """Puts a run back where its checkpoint was saved.  -> run"""
     run = ckpt["run"]
     if run["step"] > max_steps and not max_minutes:
@@ -1266,9 +1261,6 @@ def restore(ckpt, optimizers, scaler, loader, device, rank):
             o.load_state_dict({**state, "param_groups": o.state_dict()["param_groups"]})
         if ckpt["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(ckpt["scaler"])
-        if rank < len(ckpt["rng"]):
-            for kind in ckpt["rng"][rank].keys() & {"cpu", device.type}:
-                RNG[kind].set_rng_state(ckpt["rng"][rank][kind])
     return run
 
 
@@ -1709,8 +1701,7 @@ if __name__ == "__main__":
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
     # 4. Where to begin
-    torch.manual_seed(seed + rank)  # dropout differs between processes
-    run = restore(ckpt, optimizers, scaler, loader, device, rank) if ckpt else new_run()
+    run = restore(ckpt, optimizers, scaler, loader, device) if ckpt else new_run()
     first_step = run["step"]
     if not all_equal(device, first_step):
         raise UserError(f"the processes found different checkpoints; out_dir={out_dir} must be one folder for all of "
@@ -1772,6 +1763,7 @@ if __name__ == "__main__":
             profiler = torch.profiler.profile(acc_events=True)
             profiler.start()
         began = time.perf_counter()
+        torch.manual_seed(hash((seed, step, rank)))  # for dropout: a resumed run needs no stored random states
         own_loss = add_gradients(model, teacher_model, loader, scaler, amp_dtype, sequences, world_size)
 
         # one update, unless the step is to be skipped
