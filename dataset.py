@@ -1277,14 +1277,18 @@ def parse_pair(line):
     return "prompt, response", [(parse_prompt(row), get_text(row, "response"))]
 
 
-def parse_messages(messages):
-    """A system message goes before the first prompt; a last question without an answer is dropped."""
+def split_system(messages):
+    """-> the text of the system message, "" if there is none, and the other messages"""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages is not a list of messages")
-    system = ""
     if messages and messages[0].get("role") == "system":
-        system = get_text(messages[0], "content", required=False)
-        messages = messages[1:]
+        return get_text(messages[0], "content", required=False), messages[1:]
+    return "", messages
+
+
+def parse_messages(messages):
+    """A system message goes before the first prompt; a last question without an answer is dropped."""
+    system, messages = split_system(messages)
     n = len(messages)
     if n < 2 or [m.get("role") for m in messages] != (["user", "assistant"] * n)[:n]:
         raise ValueError("messages do not alternate between user and assistant")

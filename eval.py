@@ -106,7 +106,10 @@ def make_generator(model, seed):
 def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=None, stop=(), ckpt=None,
                   out_dir=".", device="auto", dtype="auto"):
     """-> the prompt and its continuation; from a model fine-tuned on pairs, only the response"""
-    model, enc, known = load_cached(ckpt or newest_checkpoint(out_dir), out_dir, device, dtype)
+    name = ckpt or out_dir
+    if os.path.isdir(os.path.join(name, "checkpoints")) or not ckpt:
+        name = newest_checkpoint(name)  # a newer one may have come since the last call
+    model, enc, known = load_cached(name, out_dir, device, dtype)
     template = known.get("template")
     tokens = dataset.prompt_tokens(enc, template, [(prompt, None)])
     generator = make_generator(model, seed)
@@ -115,13 +118,19 @@ def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p
     return text if template else prompt + text
 
 
-def chat_tokens(model, enc, template, turns):
-    """The tokens of a conversation. While it fills more than half the context, removes its oldest turn from `turns`."""
+def chat_tokens(model, enc, template, turns, system=""):
+    """
+    The tokens of a conversation. While it fills more than half the context, removes its oldest turn from `turns`. A
+    system message goes before the first prompt that is left.
+    """
     parts = [dataset.prompt_tokens(enc, template, [turn]) for turn in turns]
-    n = sum(map(len, parts))
+    n = sum(map(len, parts)) + len(dataset.encode_text(enc, system))
     while n > model.cfg.block_size // 2 and len(turns) > 1:
         n -= len(parts.pop(0))
         del turns[0]
+    if system:
+        prompt, answer = turns[0]
+        parts[0] = dataset.prompt_tokens(enc, template, [(f"{system}\n\n{prompt}", answer)])
     return list(itertools.chain(*parts))
 
 
@@ -433,10 +442,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_chat:
             try:
                 placeholder = dict(role="assistant", content="-")  # parse_messages drops a question without an answer
-                *turns, (prompt, _) = dataset.parse_messages([*request["messages"], placeholder])
+                system, messages = dataset.split_system([*request["messages"], placeholder])
+                *turns, (prompt, _) = dataset.parse_messages(messages)
             except (LookupError, TypeError, ValueError) as e:
                 raise BadRequest(f"messages must alternate between user and assistant, the last by user: {e}") from None
-            return chat_tokens(server.model, server.enc, server.template, [*turns, (prompt, None)])
+            return chat_tokens(server.model, server.enc, server.template, [*turns, (prompt, None)], system)
         if isinstance(prompt, list) and len(prompt) == 1:
             [prompt] = prompt
         if not isinstance(prompt, str):

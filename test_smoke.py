@@ -3794,6 +3794,21 @@ def test_a_long_chat_loses_its_oldest_turns_first(chat_runs, workspace):
     long_turn = [("long " * 99, None)]
     whole = dataset.prompt_tokens(enc, known["template"], long_turn)
     assert eval_script.chat_tokens(model, enc, known["template"], long_turn) == whole
+    turns = [(f"{i} " * 9, "yes") for i in range(9)] + [("and?", None)]
+    tokens = eval_script.chat_tokens(model, enc, known["template"], turns, system="Be kind.")
+    (prompt, _), *_ = turns
+    assert enc.decode(tokens).startswith(f"{EOT}User:\nBe kind.\n\n{prompt}"[:-1]) and len(tokens) <= 64
+
+
+def test_generate_text_takes_a_newer_checkpoint_of_a_folder(workspace, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    options = dict(max_new_tokens=60, temperature=2, top_k=None, seed=0, device="cpu")
+    sources = find_checkpoints(workspace / "runs/fp32")[::2]
+    texts = [eval_script.generate_text(ckpt=str(path), **options) for path in sources]
+    assert len(texts) == len(set(texts)) == 2
+    for step, (source, text) in enumerate(zip(sources, texts)):
+        shutil.copy(source, tmp_path / f"checkpoints/model_00000{step}.pt")
+        assert eval_script.generate_text(ckpt=str(tmp_path), **options) == text
 
 
 @needs_package("transformers")
