@@ -907,6 +907,9 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
 # -- Hugging Face's files
 
 HF_ACTIVATIONS = {"gelu_new": "gelu", "gelu": "gelu_erf", "relu2": "relu2"}
+# Where a model has its vocabulary, and some of GPT-2's tokens as they are spelled there
+VOCABULARIES = {"vocab.json": lambda content: content, "tokenizer.json": lambda content: content["model"]["vocab"]}
+GPT2_SAMPLES = {"!": 0, "\u0120the": 262, "\u0120gazed": 50255}
 
 
 def download_model(name):
@@ -927,7 +930,8 @@ def download_model(name):
     if not sys.stderr.isatty():
         disable_progress_bars()
     for weights in names:
-        download = functools.partial(snapshot_download, repository, allow_patterns=["config.json", weights])
+        files = ["config.json", weights, *VOCABULARIES]
+        download = functools.partial(snapshot_download, repository, allow_patterns=files)
         folder = ask_hub(repository, download, ", or name a local folder")
         if os.path.exists(os.path.join(folder, weights)):
             break
@@ -949,9 +953,24 @@ def read_hugging_face(folder):
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
+def check_vocabulary(folder, name):
+    """A model of the hub may have a vocabulary of its own, which we cannot read: an error instead of gibberish"""
+    if os.path.exists(os.path.join(folder, TOKENIZER_SPEC)):
+        return  # an export of ours
+    for file, find in VOCABULARIES.items():
+        path = os.path.join(folder, file)
+        if not os.path.exists(path):
+            continue
+        with reading(path, "a vocabulary of GPT-2's kind"):
+            vocabulary = find(read_json(path))
+            if any(vocabulary.get(text) != token for text, token in GPT2_SAMPLES.items()):
+                raise UserError(f"{name} has a vocabulary of its own, {file}; only GPT-2's is supported")
+
+
 def load_hugging_face(name):
     """A GPT-2, or a NanoChat that we exported: a folder, or a name such as gpt2, gpt2-xl, owner/name -> the model"""
     folder = name if os.path.isdir(name) else download_model(name)
+    check_vocabulary(folder, name)
     with reading(folder, "a Hugging Face GPT-2 or NanoChat"):
         config, weights = read_hugging_face(folder)
         if any(map(repeats_values, weights.values())):

@@ -596,6 +596,24 @@ def test_an_export_of_as_many_tokens_as_padded_gpt2_has_keeps_them_all(tmp_path)
     assert load_checkpoint(str(tmp_path))[0].cfg.n_tokens == 50304
 
 
+@pytest.mark.parametrize("file", ["vocab.json", "tokenizer.json"])
+def test_a_hugging_face_model_with_a_vocabulary_of_its_own_is_refused(file, tmp_path):
+    GPT(small()).save_pretrained(str(tmp_path))
+    for vocabulary in (model_file.GPT2_SAMPLES, {**model_file.GPT2_SAMPLES, "\u0120the": 263}):
+        content = vocabulary if file == "vocab.json" else {"model": {"vocab": vocabulary}}
+        (tmp_path / file).write_text(json.dumps(content))
+        if vocabulary is model_file.GPT2_SAMPLES:
+            GPT.from_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match=f"a vocabulary of its own, {file}"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+@needs_gpt2
+def test_what_tells_gpt2s_vocabulary_from_others_is_true_of_it():
+    tokens = {text.replace("\u0120", " "): token for text, token in model_file.GPT2_SAMPLES.items()}
+    assert {text: get_tokenizer("gpt2").encode(text) for text in tokens} == {k: [v] for k, v in tokens.items()}
+
+
 def test_a_lack_of_memory_is_not_taken_for_a_damaged_file():
     assert not dataset.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError(),
@@ -1289,8 +1307,9 @@ def hub(tmp_path_factory):
                                     row_group_size=50)
         if card:
             (root / "datasets" / name / "README.md").write_text(card)
-    for name in ("openai-community/gpt2", "some/gpt2"):
+    for name in ("openai-community/gpt2", "some/gpt2", "some/german"):
         GPT(small(vocab_size=50257)).save_pretrained(str(root / "models" / name))
+    (root / "models/some/german/vocab.json").write_text(json.dumps({"\u0120der": 262}))
     (root / "datasets/Rowan/hellaswag").mkdir(parents=True)
     (root / "datasets/Rowan/hellaswag/validation.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
     cards = defaultdict(list)
@@ -1436,6 +1455,11 @@ def test_models_and_hellaswag_are_downloaded_although_the_hub_fails_at_first(hub
     assert f"HellaSwag of {name}, " in r.stdout and ", 1 examples: acc " in r.stdout
     full = name if "/" in name else f"openai-community/{name}"
     assert f"reading {full} from the Hugging Face hub\n{full}: " in r.stderr and "trying again in 2 s" in r.stderr
+
+
+def test_a_model_of_the_hub_with_a_vocabulary_of_its_own_is_refused(hub, tmp_path):
+    r = script(here("hellaswag.py"), "--ckpt=some/german", cwd=tmp_path, **hub)
+    assert r.returncode and "some/german has a vocabulary of its own" in r.stderr
 
 
 def test_tasks_are_downloaded_and_worded_as_lm_evaluation_harness_does(hub, workspace):
@@ -2669,6 +2693,16 @@ def test_only_a_step_that_was_validated_can_be_the_best():
     assert not train.is_new_best(run) and train.is_new_best({**run, "step": 10})
 
 
+def test_a_checkpoint_that_could_not_be_written_is_not_the_best(tmp_path, monkeypatch):
+    set_globals(monkeypatch, out_dir=str(tmp_path))
+    monkeypatch.setattr(train, "write_checkpoint", lambda path, ckpt: ckpt["step"] == 1)
+    run, saver, other = train.new_run(), train.Saver(torch.device("cpu")), argparse.Namespace(state_dict=dict, B=1)
+    for step in (1, 2):
+        run.update(step=step, last_val=dict(step=step, loss=3.0 - step, bpb=1.0))
+        saver.save(run, {}, GPT(small()), [], other, other)
+        assert saver.finish(run) == (step == 1) and run["best"]["step"] == 1
+
+
 def test_patience_counts_validations_since_the_best_one(monkeypatch):
     set_globals(monkeypatch, patience=3, val_tokens=16, block_size=16, max_steps=99, sample_interval=0,
                 hella_interval=0)
@@ -2850,10 +2884,12 @@ def test_a_checkpoint_is_plain_data_and_the_whole_run(workspace):
 def test_a_resumed_run_takes_nothing_but_known_and_checked_hyperparameters_from_a_checkpoint(workspace, tmp_path):
     ckpt = read_checkpoint(str(workspace / CKPT))
     hostile = dict(bench="ladder", __file__="evil.py", out_dir=str(tmp_path / "elsewhere"), log="x", run={}, print=1,
-                   data="data/other", init_from="x.pt", config="c.json", dry_run=True, teacher="")
+                   data="data/other", init_from="x.pt", config="c.json", dry_run=True, teacher="",
+                   new_data=True)
     ckpt["train_config"] |= hostile
     torch.save(ckpt, tmp_path / "hostile.pt")
     options = [f"--resume={tmp_path}/hostile.pt", "--data=data/t", "--max_steps=31", f"--out_dir={tmp_path}/run"]
+    assert not train.configure(options)[0]["new_data"]
     run_ok(here("train.py"), *options, cwd=workspace)
     assert len(losses(tmp_path / "run")) == 1 and not (tmp_path / "elsewhere").exists()
     for change, error in (
@@ -2896,6 +2932,28 @@ def test_a_signal_ends_the_step_saves_and_exits(workspace, tmp_path, sig):
     assert ckpt["step"] == max(step for _, step in records(tmp_path)) + 1
 
 
+@pytest.mark.parametrize("sig, before, steps", [
+    ("SIGUSR1", "SIG_DFL", 4), ("SIGHUP", "SIG_DFL", 4), ("SIGHUP", "SIG_IGN", 6)])
+def test_slurms_warning_and_a_closed_terminal_end_a_run_unless_it_is_under_nohup(
+        workspace, tmp_path, sig, before, steps):
+    send = f"""
+import signal
+from data_loader import DataLoader
+signal.signal(signal.{sig}, signal.{before})
+next_batch, calls = DataLoader.next_batch, []
+def send(loader):
+    calls.append(1)
+    if len(calls) == 4:
+        signal.raise_signal(signal.{sig})
+    return next_batch(loader)
+DataLoader.next_batch = send
+"""
+    options = [*FAST, "--max_steps=6", "--ckpt_interval=5", f"--out_dir={tmp_path}"]
+    r = script(here("train.py"), *options, cwd=workspace, before=send)
+    assert r.returncode == (128 + getattr(signal, sig) if steps < 6 else 0) and len(losses(tmp_path)) == steps
+    assert checkpoint_step(find_checkpoints(tmp_path)[-1]) == steps
+
+
 def test_init_from_starts_with_the_weights_and_the_shape_of_a_checkpoint(workspace, tmp_path):
     options = [a for a in FAST if not a.startswith(("--n_", "--block_size", "--dropout"))]
     options += [f"--init_from={CKPT}", "--dropout=0.5", "--max_steps=1", f"--out_dir={tmp_path}"]
@@ -2906,13 +2964,14 @@ def test_init_from_starts_with_the_weights_and_the_shape_of_a_checkpoint(workspa
     assert ckpt["train_config"]["n_embd"] == 32
 
 
-def test_resuming_takes_new_settings_of_the_optimizer(workspace, tmp_path):
+def test_resuming_takes_new_settings_of_the_optimizer_and_another_dropout(workspace, tmp_path):
     options = [f"--resume={CKPT}", "--data=data/t", "--max_steps=31", "--weight_decay=0.7", "--val_interval=0"]
-    run_ok(here("train.py"), *options, f"--out_dir={tmp_path}", cwd=workspace)
+    run_ok(here("train.py"), *options, "--dropout=0.6", f"--out_dir={tmp_path}", cwd=workspace)
     assert os.listdir(tmp_path / "checkpoints") == ["model_000031.pt"]  # what was resumed from is not saved again
     ckpt = read_checkpoint(str(tmp_path / "checkpoints/model_000031.pt"))
     decayed, others = ckpt["optimizers"][0]["param_groups"]
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.7, 0.0)
+    assert ckpt["model_config"]["dropout"] == 0.6
     assert {len(ckpt["model"][k].shape) for k in ckpt["model"]} == {1, 2}
     last_val = losses(workspace / "runs/fp32", "val")[-1]  # none came after it
     assert ckpt["run"]["last_val"]["loss"] == pytest.approx(last_val, abs=1e-6)
@@ -2955,6 +3014,15 @@ def test_hellaswag_is_scored_while_training_unless_it_cannot_be_had(workspace, t
     steps = sorted(step for stream, step in records(tmp_path / "o") if stream == "hella")
     assert steps == ([] if offline else [0, 2, 3]) and ("no HellaSwag" in r.stdout) == offline
     assert len(losses(tmp_path / "o")) == 3
+
+
+def test_the_hellaswag_score_of_a_run_is_that_by_token(monkeypatch):
+    set_globals(monkeypatch, val_interval=0, sample_interval=0, hella_interval=1, max_steps=9)
+    monkeypatch.setattr(hellaswag, "score", lambda *args: (1, 2, 3, 0, 0, 4))  # right: plain, by token, by byte
+    run, logged = train.new_run(), {}
+    log = argparse.Namespace(record=lambda step, stream, value, text, **fields: logged.update(fields, value=value))
+    assert train.evaluate(run, log, GPT(small()), {}, None, [EXAMPLE], None, None, 1, 0, 1) and run["hella"] == 0.5
+    assert logged == dict(value=0.5, acc="0.2500", by_byte="0.7500", examples=4)
 
 
 @pytest.mark.parametrize("use", [
@@ -3235,6 +3303,9 @@ def test_float16_trains_with_a_scaler_that_checkpoints_keep(workspace, tmp_path)
     run_ok(here("train.py"), *options, cwd=workspace)
     ckpt = read_checkpoint(find_checkpoints(str(tmp_path))[-1])
     assert ckpt["train_config"]["dtype"] == "float16" and ckpt["scaler"]["_growth_tracker"] == 5
+    norms = [float(re.search(r"norm=(\S+)", records(folder)["train", 0])[1])  # 65,536 times as large while scaled
+             for folder in (tmp_path, workspace / "runs/fp32")]
+    assert norms[0] == pytest.approx(norms[1], rel=0.2)
     run_ok(here("train.py"), "--resume", "--data=data/t", "--max_steps=7", f"--out_dir={tmp_path}", cwd=workspace)
     assert read_checkpoint(find_checkpoints(str(tmp_path))[-1])["scaler"]["_growth_tracker"] == 7
 
@@ -3421,16 +3492,18 @@ def test_the_summary_does_not_name_a_best_checkpoint_that_is_in_another_folder(t
     assert "model_000050" not in printed
 
 
-def test_the_ladder_measures_every_technique_that_is_at_hand(monkeypatch, capsys, workspace):
+def test_the_ladder_measures_every_technique_that_is_at_hand_on_top_of_the_others(monkeypatch, capsys, workspace):
     monkeypatch.chdir(workspace)
     monkeypatch.delitem(train.LADDER, "torch.compile")  # takes a minute
-    run = argparse.Namespace(run=lambda command, **_: script(*command[1:], cwd=workspace))
+    commands = []
+    run = argparse.Namespace(run=lambda command, **_: commands.append(command) or script(*command[1:], cwd=workspace))
     set_globals(monkeypatch, block_size=32, subprocess=run)
     train.run_ladder(dict(option.removeprefix("--").split("=") for option in FAST))
     rows = {line[:18].strip(): line[18:].split() for line in capsys.readouterr().out.splitlines()[1:]}
     assert list(rows) == [*train.LADDER, "more GPUs"] and rows["TF32"][0] == rows["more GPUs"][0] == "-"
     for name in ("float32", "fused attention", "vocabulary 50304"):
         assert int(rows[name][0].replace(",", "")) > 0
+    assert {"--compile=false", "--attention=fused", "--vocab_size=50304"} <= set(commands[-1])
 
 
 def test_eight_gpus_for_two_and_a_half_hours_at_20_dollars_50_cost_51_dollars_25(monkeypatch):
@@ -3438,12 +3511,31 @@ def test_eight_gpus_for_two_and_a_half_hours_at_20_dollars_50_cost_51_dollars_25
     assert train.dollars(2.5 * 3600, 8) == pytest.approx(51.25)
 
 
-def test_dollars_stand_in_the_log_the_summary_and_the_checkpoint(workspace, tmp_path):
+def test_dollars_of_all_processes_stand_in_the_log_the_summary_and_the_checkpoint(workspace, tmp_path):
     options = ["--max_steps=3", "--usd_per_gpu_hour=1e6", f"--out_dir={tmp_path}"]
-    r = run_ok(here("train.py"), *FAST, *options, cwd=workspace)
-    usd = read_checkpoint(f"{tmp_path}/checkpoints/model_000003.pt")["run"]["usd"]
-    assert usd > 0.1 and f"usd={usd:.4f}" in (tmp_path / "log.txt").read_text()
+    r = run_ok(here("train.py"), *FAST, *options, cwd=workspace, n=2)
+    run = read_checkpoint(f"{tmp_path}/checkpoints/model_000003.pt")["run"]
+    usd = run["usd"]
+    assert usd == pytest.approx(2 * run["seconds"] / 3600 * 1e6) and usd > 0.1
+    assert f"usd={usd:.4f}" in (tmp_path / "log.txt").read_text()
     assert re.search(rf"^done at step 3: .*, \${usd:.2f}$", r.stdout, re.MULTILINE)
+
+
+def test_the_log_has_the_mean_time_of_the_steps_since_its_last_line(workspace, tmp_path):
+    clock = """
+import time
+from data_loader import DataLoader
+next_batch, now, calls = DataLoader.next_batch, [0.0], []
+def take(loader):  # 1 second in the first step, 2 in the next, ...
+    calls.append(1)
+    now[0] += len(calls)
+    return next_batch(loader)
+DataLoader.next_batch = take
+time.perf_counter = lambda: now[0]
+"""
+    options = [*FAST, "--max_steps=7", "--log_interval=3", f"--out_dir={tmp_path}"]
+    run_ok(here("train.py"), *options, cwd=workspace, before=clock)
+    assert re.findall(r" ms=(\S+)", (tmp_path / "log.txt").read_text()) == ["1000.0", "3000.0", "6000.0"]
 
 
 def read_wandb(raw):
@@ -4798,12 +4890,12 @@ def test_gradients_of_positions_that_many_rows_share_are_added_in_one_order():
     assert all(torch.equal(gradients[0], g) for g in gradients)
 
 
-def test_epochs_are_those_of_the_data_though_the_batch_changes_on_resume(workspace, tmp_path):
+def test_epochs_are_those_of_the_data_though_batch_and_processes_change_on_resume(workspace, tmp_path):
     options = [*FAST, f"--out_dir={tmp_path}", "--val_interval=0"]
     options.remove("--max_steps=30")
     run_ok(here("train.py"), *options, "--max_steps=20", cwd=workspace)
     n_rows = DataLoader(str(workspace / "data/t"), "train", 1, 32).n_rows
-    run_ok(here("train.py"), *options, "--resume", "--epochs=1", "--total_batch_size=512", cwd=workspace)
+    run_ok(here("train.py"), *options, "--resume", "--epochs=1", "--total_batch_size=512", cwd=workspace, n=2)
     ckpt = read_checkpoint(find_checkpoints(tmp_path)[-1])
     assert 0 <= ckpt["loader"]["position"] - n_rows < 16 and ckpt["step"] == 20 + math.ceil((n_rows - 160) / 16)
 
@@ -5104,6 +5196,9 @@ MISTAKES = {
     "fewer steps than are done": ([*RESUMED, "--data=data/t", "--max_steps=3"], "is at step 30, past max_steps=3"),
     "another recipe on resume": ([*RESUMED, "--recipe=tiny"], "was trained with recipe gpt2, not tiny"),
     "no data on resume": (RESUMED, "was trained with --data=data/t; to resume, repeat that option"),
+    "no teacher on resume": (
+        ["train.py", "--resume", "--out_dir=runs/pairs", "--data=pairs.jsonl"],
+        f"was trained with --teacher={CKPT}; to resume, repeat that option"),
     "a checkpoint of other data": ([*RESUMED, "--data=data/other"], "--new_data resumes all the same"),
     "a validation shard with a foreign token": (
         [*T, "--data=data/foreign", "--vocab_size=50304"], "val_000000.bin: token 60000 at 3"),
