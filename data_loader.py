@@ -22,6 +22,10 @@ from dataset import (MANIFEST, PROGRESS, SPLITS, UserError, chat_template, encod
                      read_pairs, read_shard, reading)
 
 
+class NoSplit(UserError):
+    """The data lacks this split, or it is too short for a row: a run can do without val and test."""
+
+
 class DataLoader:
     def __init__(self, data, split, B, T, rank=0, world_size=1, seed=0, stride=None, doc_mask=False, vocab_size=None,
                  device="cpu"):
@@ -116,8 +120,8 @@ class Windows:
             self.states.append(file_state(path))
         self.ends = np.cumsum(self.lengths).tolist()  # where each shard ends in the stream
         if self.ends[-1] < T + 1:
-            raise UserError(f"the {split} split of {folder} has {self.ends[-1]:,} tokens; a window takes "
-                            f"block_size + 1 = {T + 1}")
+            raise NoSplit(f"the {split} split of {folder} has {self.ends[-1]:,} tokens; a window takes block_size + 1 = "
+                          f"{T + 1}")
 
     def __len__(self):
         return (self.ends[-1] - self.T - 1) // self.stride + 1
@@ -203,7 +207,7 @@ class PackedPairs:
             raise UserError(f"block_size={T} is too small for pairs, which need at least three tokens")
         self.pairs, self.T, self.indices = pairs, T, pairs.indices[split]
         if len(self.indices) == 0:
-            raise UserError(f"{pairs.path} has no {split} split")
+            raise NoSplit(f"{pairs.path} has no {split} split")
         self.lengths = np.diff(pairs.offsets)[self.indices]
         rows = pack(np.minimum(self.lengths, T), T)
         self.rows = [self.indices[row] for row in rows]
@@ -334,9 +338,10 @@ def find_shards(folder, split):
         name_of_split = rf"(.*[^a-z])?{split}([^a-z].*)?\.(bin|npy)"  # not val in retrieval_000.bin
         names = sorted(name for name in os.listdir(folder) if re.fullmatch(name_of_split, name))
         if not names:
-            raise UserError(f"{folder} has no .bin or .npy shards with {split} as a word of their name")
+            raise NoSplit(f"{folder} has no .bin or .npy shards with {split} as a word of their name; text becomes "
+                          "shards by python dataset.py --source=...")
         return [os.path.join(folder, n) for n in names], [None] * len(names), None
     shards = [shard for shard in manifest["shards"] if shard["split"] == split]
     if not shards:
-        raise UserError(f"{folder} has no {split} split")
+        raise NoSplit(f"{folder} has no {split} split")
     return [os.path.join(folder, s["file"]) for s in shards], [s["tokens"] for s in shards], manifest

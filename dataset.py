@@ -749,9 +749,10 @@ def read_rows(column, path):
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{path}, line {number}: not JSON") from None
-        if not isinstance(row, dict) or column not in row:
-            names = ", ".join(row) if isinstance(row, dict) else "it is not an object"
-            raise UserError(f"{path}, line {number}: no column {column!r}; choose one with --column: {names}")
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object")
+        if column not in row:
+            raise UserError(f"{path}, line {number}: no column {column!r}; choose one with --column: {', '.join(row)}")
         if not isinstance(row[column], (str, type(None))):
             raise UserError(f"{path}, line {number}: {column!r} is {type(row[column]).__name__}, not text")
         if row[column]:
@@ -958,7 +959,9 @@ def read_batches(sources, position, shares, max_bytes):
     """
     first_source, state, count, n_bytes = position
     for index in range(first_source, len(sources)):
-        n_pieces = 0 if max_bytes else sources[index].n_pieces  # not known if the text is cut
+        size = 4 * sum(source.tokens for source in sources[:index + 1])  # bytes, of files
+        is_cut = max_bytes and max_bytes < size  # then the number of pieces is not known
+        n_pieces = 0 if is_cut else sources[index].n_pieces
         for pieces, state in sources[index].read(state):
             by_split = defaultdict(list)
             for text, begins in pieces:
@@ -1397,7 +1400,7 @@ def synthesize(prompts=None, endpoint=None, model=None, request="{}", concurrenc
     with open_responses(out, model) as (file, answered):
         todo = [prompt for prompt in wanted if prompt not in answered]
         print(f"{out}: {len(wanted) - len(todo):,} of {len(wanted):,} prompts have a response", flush=True)
-        missing, failures_in_a_row = len(todo), 0
+        missing, failures_in_a_row, n_cut = len(todo), 0, 0
         with progress_bar(len(wanted), "prompts", len(wanted) - len(todo)) as bar:
             for prompt, response, detail, server_failed in ask_all(url, body, todo, concurrency):
                 if response is None:
@@ -1413,8 +1416,11 @@ def synthesize(prompts=None, endpoint=None, model=None, request="{}", concurrenc
                 file.flush()
                 os.fsync(file.fileno())
                 missing -= 1
+                n_cut += detail == "length"
                 failures_in_a_row = 0
                 bar.update()
+    if n_cut:
+        print(f"responses cut off by the server's limit: {n_cut:,}; raise it with --request='{{\"max_tokens\": N}}'")
     if missing:
         raise UserError(f"{missing:,} of {len(wanted):,} prompts have no response, the last one because of "
                         f"{problem}; the same command asks for them again")
@@ -1487,7 +1493,9 @@ def ask(session, url, body, prompt):
                 raise UserError(f"{url} has no model {body['model']}, or is not the server's address "
                                 f"(HTTP status {status})")
             if status >= 400:
-                return prompt, None, f"HTTP status {status}", status in RETRY_STATUS
+                reason = re.search(rb'"message": *"(.{1,200}?)"', content)
+                text = f" ({reason[1].decode(errors='replace')})" if reason else ""
+                return prompt, None, f"HTTP status {status}{text}", status in RETRY_STATUS
             choice = json.loads(content)["choices"][0]
             if response := choice["message"]["content"].strip():
                 return prompt, response, choice.get("finish_reason"), False

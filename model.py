@@ -785,7 +785,8 @@ def read_checkpoint(path, mapped=False):
         check_spec(ckpt["tokenizer"], ckpt.get("template"))
         like = dict(step=0, model={}, model_config={}, run={}, train_config={})
         check_types({"run": {}, "train_config": {}, **ckpt}, like)  # these two may be missing
-        check_types(ckpt.get("run", {}).get("last_val", {}), {})
+        for name in ("last_val", "best"):
+            check_types(ckpt.get("run", {}).get(name, {}), {})
         return ckpt
 
 
@@ -901,6 +902,9 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
             raise UserError(f"dtype=int8 is for CPUs, not {device.type}; add --device=cpu")
         model.quantize()
     about = f"{name}{step}, {n_parameters / 1e6:.1f}M parameters, {device.type}"
+    best = known.get("run", {}).get("best", {}).get("step")
+    if known.get("train_config", {}).get("patience") and best != known["step"]:  # it stopped some validations later
+        about += f"; its validation loss was lowest at step {best}"
     return model, {**known, "n_parameters": n_parameters, "about": about}
 
 

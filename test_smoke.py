@@ -958,6 +958,14 @@ def test_of_a_single_document_the_end_is_held_out(tmp_path, letters):
     assert abs(len(val) / len(text) - 0.1) < 0.015 and abs(len(test) / len(text) - 0.05) < 0.015
 
 
+def test_of_a_single_document_the_end_is_held_out_although_a_larger_size_is_allowed(tmp_path):
+    text = "\n\n".join(stories(100))
+    path = write_text(tmp_path / "t.txt", [text])
+    folder = prepare(tmp_path, path, "byte", splits="90/10", max_bytes=len(text.encode()))
+    [train], [val] = (as_documents(read_split(folder, split)) for split in ("train", "val"))
+    assert train + val == text
+
+
 def test_of_the_beginning_of_a_single_document_pieces_are_held_out(tmp_path):
     text = "\n".join(stories(100))
     path = write_text(tmp_path / "t.txt", [text])
@@ -1835,6 +1843,18 @@ def synthesize(folder, url, prompts, **options):
     (folder / "prompts.txt").write_text("\n".join(map(str, prompts)))
     options = {**dict(model="m", out=str(folder / "out.jsonl")), **options}
     dataset.synthesize(str(folder / "prompts.txt"), url, **options)
+
+
+def test_a_synthesis_reports_cut_responses_and_the_servers_reasons(tmp_path, capsys):
+    def answer(prompt, n):
+        if prompt == "long":
+            return 400, {}, b'{"error": {"message": "too long for me"}}'
+        status, headers, body = completion(prompt)
+        return status, headers, body.replace(b'"stop"', b'"length"') if prompt == "a" else body
+
+    with serving(answer=answer) as (url, _), pytest.raises(UserError, match=r"HTTP status 400 \(too long for me\)"):
+        synthesize(tmp_path, url, ["a", "b", "long"])
+    assert "responses cut off by the server's limit: 1; raise it with --request=" in capsys.readouterr().out
 
 
 def test_a_synthesis_killed_five_times_ends_with_every_prompt_answered_once(tmp_path):
@@ -2748,18 +2768,55 @@ def test_a_step_is_skipped_when_its_loss_or_its_norm_stands_out_or_is_not_finite
 
 def test_a_spike_changes_nothing_even_after_a_resume(tmp_path):
     (tmp_path / "a.txt").write_text("the cat sat on the mat.\n\n" * 2000)
-    (tmp_path / "b.txt").write_text("".join(random.Random(0).choices("abcdefgh\n", k=40_000)))
     options = [*FAST, "--tokenizer=byte", "--spike_guard=6", "--seed=1"]
     first = run_ok(here("train.py"), *options, "--data=a.txt", "--max_steps=140", cwd=tmp_path)
     assert "skipped" not in first.stdout
-    changed = ["--data=b.txt", "--new_data", "--resume", "--max_steps=150", "--val_interval=1"]
-    r = run_ok(here("train.py"), *options, *changed, cwd=tmp_path)
+    noise = """
+import torch
+from data_loader import DataLoader
+next_batch = DataLoader.next_batch
+DataLoader.next_batch = lambda loader: [torch.randint(97, 123, t.shape) for t in next_batch(loader)]
+"""
+    changed = ["--data=a.txt", "--resume", "--max_steps=150", "--val_interval=1"]
+    r = run_ok(here("train.py"), *options, *changed, cwd=tmp_path, before=noise)
     pattern = r"^step (\d+) is skipped: its (?:loss|gradient norm) of .* standard deviations above the last 128; " \
-        r"the data of rank 0: data/b-byte/train_000000.bin at token \d.* and 4 more$"
+        r"the data of rank 0: data/a-byte/train_000000.bin at token \d.* and 4 more$"
     skipped = [int(step) for step in re.findall(pattern, r.stdout, re.M)]
     val = {step: line.split()[2] for (stream, step), line in records(tmp_path).items() if stream == "val"}
     assert {140, 141} <= set(skipped) and len(skipped) < 9
     assert all((val[step] == val[step + 1]) == (step in skipped) for step in range(141, 149))
+
+
+def test_new_data_is_judged_by_itself_and_read_from_its_beginning(workspace, tmp_path):
+    write_text(tmp_path / "easy.txt", ["a cat sat on a mat. " * 2000])
+    options = [*FAST, "--tokenizer=byte", f"--out_dir={tmp_path}"]
+    run_ok(here("train.py"), *options, f"--data={tmp_path}/easy.txt", "--max_steps=20", cwd=tmp_path)
+    resume = ["--data=data/t", "--new_data", "--resume", "--patience=2", "--max_steps=30"]
+    r = run_ok(here("train.py"), *options, *resume, cwd=workspace)
+    assert "done at step 30: " in r.stdout  # not out of patience, though the old text's loss was lower
+    ckpt = read_checkpoint(f"{tmp_path}/checkpoints/model_000030.pt")
+    assert ckpt["run"]["best"]["step"] > 20 and ckpt["loader"]["position"] == 10 * 8
+
+
+def test_a_run_says_if_its_warm_up_is_longer_than_itself(workspace, tmp_path):
+    options = [*FAST, f"--out_dir={tmp_path}", "--max_steps=3"]
+    r = run_ok(here("train.py"), *options, "--warmup_steps=30", cwd=workspace)
+    assert "warm-up: at least as long as the run, whose learning rate ends at 1.0e-03; lower" in r.stdout
+    assert "warm-up" not in run_ok(here("train.py"), *options, "--warmup_steps=2", cwd=workspace).stdout
+
+
+def test_a_run_that_saves_nothing_says_so(workspace, tmp_path):
+    r = run_ok(here("train.py"), *FAST, f"--out_dir={tmp_path}", "--max_steps=3", "--ckpt_interval=0", cwd=workspace)
+    assert "no checkpoint was saved: ckpt_interval is 0" in r.stdout and not find_checkpoints(tmp_path)
+
+
+def test_checkpoints_may_be_a_link_to_another_disk(workspace, tmp_path):
+    (tmp_path / "big/a").mkdir(parents=True)
+    os.symlink(tmp_path / "big/a", tmp_path / "checkpoints")
+    for _ in range(2):
+        run_ok(here("train.py"), *FAST, f"--out_dir={tmp_path}", "--max_steps=3", cwd=workspace)
+    assert os.path.islink(tmp_path / "checkpoints")
+    assert all(os.path.exists(tmp_path / f"big/{name}/model_000003.pt") for name in ("a", "a.1"))
 
 
 def test_a_run_that_diverges_ends_and_leaves_a_good_checkpoint(workspace, tmp_path):
@@ -3379,6 +3436,17 @@ def test_a_dry_run_counts_parameters_and_touches_nothing(tmp_path):
     assert f"memory: {expected:.2f} GiB per process" in r.stdout
 
 
+def test_a_dry_run_knows_shards_without_a_manifest_and_what_a_resumed_run_has_read(workspace, tmp_path):
+    (tmp_path / "data").mkdir()
+    dataset.write_shard(str(tmp_path / "data/train_000000.bin"), np.arange(32 * 100 + 1) % 250)
+    shape = [*FAST[1:6], "--dry_run"]
+    r = run_ok(here("train.py"), *shape, "--data=data", "--epochs=2", cwd=tmp_path)
+    assert "25 steps = 6,400 tokens = 2.00 epochs" in r.stdout
+    r = run_ok(here("train.py"), "--resume=runs/fp32", "--data=data/t", "--total_batch_size=512", "--max_steps=40",
+               "--dry_run", cwd=workspace)
+    assert f"40 steps = {30 * 256 + 10 * 512:,} tokens = " in r.stdout
+
+
 def test_a_dry_run_under_torchrun_names_the_machines_and_times_their_network(tmp_path):
     r = run_ok(here("train.py"), "--recipe=tiny", "--dry_run", "--device=cpu", n=2, cwd=tmp_path)
     assert r.stdout.count("parameters: ") == 1 and os.listdir(tmp_path) == []
@@ -3890,6 +3958,14 @@ def test_a_long_chat_loses_its_oldest_turns_first(chat_runs, workspace):
     tokens = eval_script.chat_tokens(model, enc, known["template"], turns, system="Be kind.")
     (prompt, _), *_ = turns
     assert enc.decode(tokens).startswith(f"{EOT}User:\nBe kind.\n\n{prompt}"[:-1]) and len(tokens) <= 64
+
+
+def test_a_model_that_was_trained_beyond_its_best_validation_says_so(workspace, tmp_path):
+    ckpt = read_checkpoint(find_checkpoints(workspace / "runs/pairs")[-1])
+    for best, text in ((ckpt["step"], "cpu"), (7, "; its validation loss was lowest at step 7")):
+        ckpt["run"]["best"]["step"] = best
+        torch.save(ckpt, tmp_path / "model.pt")
+        assert model_file.open_model(str(tmp_path / "model.pt"), device="cpu")[1]["about"].endswith(text)
 
 
 def test_generate_text_takes_a_newer_checkpoint_of_a_folder(workspace, tmp_path):
@@ -5145,6 +5221,13 @@ def test_batches_may_be_products_and_precisions_those_of_lightning():
             train.parse(train.make_parser(), [f"--max_steps={text}"])
 
 
+def test_a_config_may_say_to_resume(tmp_path):
+    for value, choice in (("true", "newest"), ("false", ""), ('"auto"', "auto")):
+        (tmp_path / "c.json").write_text('{"resume": %s}' % value)
+        parser = train.make_parser()
+        assert train.parse_values(parser, train.read_config(f"{tmp_path}/c.json"), "c.json") == {"resume": choice}
+
+
 @pytest.mark.parametrize("name, text", [
     ("c.json", '{"max_lr": 6e-4, "model": {"n_layer": 2, "deep": {"bias": false}}}'),
     ("c.yaml", "max_lr: 6e-4\nmodel:\n  n_layer: 2\n  deep:\n    bias: false\n")])
@@ -5164,8 +5247,18 @@ MISTAKES = {
     "a word for a number": ([*T, "--max_steps=many"], "--max_steps: 'many' is not a whole number"),
     "a fraction for a whole number": ([*T, "--max_steps=1.5"], "--max_steps: '1.5' is not a whole number"),
     "a number out of range": ([*T, "--keep=0"], "keep=0 is below 1"),
-    "two lengths": ([*T, "--max_minutes=1"], "max_minutes cannot be combined with max_steps or epochs"),
-    "a profile in no folder": ([*T, "--profile=none/trace.json"], "no folder for --profile=none/trace.json"),
+    "two lengths": ([*T, "--max_minutes=1"], "max_steps and epochs cannot be combined"),
+    "steps and epochs": ([*T, "--epochs=1"], "max_steps and epochs cannot be combined"),
+    "a profile in no folder": ([*T, "--profile=none/trace.json"], "--profile=none/trace.json must be a new file in a"),
+    "a folder for a profile": ([*T, "--profile=data"], "--profile=data must be a new file"),
+    "a temperature of no teacher": ([*T, "--distill_temperature=2"], "distill_temperature is for a teacher"),
+    "patience without a val split": ([*T, "--data=data/noval", "--patience=2"], "needs validation, but data/noval has"),
+    "a damaged test split": ([*T, "--data=data/badtest"], "test_000000.bin is damaged"),
+    "a bench of no data": ([*T, "--data=data/none", "--bench=2"], "there is no data data/none"),
+    "a folder of texts": ([*T, "--data=texts"], "text becomes shards by python dataset.py"),
+    "another text of the same name": (
+        [*T, "--data=texts/other.txt", "--tokenizer=byte"], "to prepare it yourself: python dataset.py --source=texts"),
+    "a config that says no teacher": ([*T, "--config=teacher.json"], "config teacher.json: teacher is of type bool"),
     "a profile with patience": ([*T, "--profile=trace.json", "--patience=2"], "needs max_steps or epochs, and no"),
     "a rate below its minimum": ([*T, "--max_lr=1e-5"], "min_lr=6e-05 is above max_lr=1e-05; lower it too"),
     "a tokenizer with the name of the data's": (
@@ -5293,7 +5386,7 @@ MISTAKES = {
     "a config with a long number": ([*T, "--config=long.json"], "is not a whole number"),
     "a config with a list": ([*T, "--config=list.json"], "config list.json: seed is of type list"),
     "text that never ends": ([*D, "--source=deep.jsonl", *NEW], "deep.jsonl, line 1: not JSON"),
-    "a row that is no object": ([*D, "--source=list.jsonl", *NEW], "line 1: no column 'text'"),
+    "a row that is no object": ([*D, "--source=list.jsonl", *NEW], "line 1: not a JSON object"),
     "a number for text": ([*D, "--source=number.jsonl", *NEW], "line 1: 'text' is int, not text"),
     "nothing to verify": ([*D, "--verify=data/empty"], "data/empty has no meta.json"),
     "a source to verify": ([*TXT, "--verify=data/t"], "--source does not apply to --verify"),
@@ -5333,7 +5426,7 @@ def mistakes(workspace):
         "deep.jsonl": b'{"text": %s}\n' % DEEP, "list.jsonl": b"[1]\n", "number.jsonl": b'{"text": 5}\n',
         "endings.jsonl": json.dumps({"ctx": "a", "endings": ["b"] * 200_000, "label": 0}).encode() + b"\n",
         "surrogate.jsonl": b'{"ctx": "\\ud800", "endings": ["a", "b", "c", "d"], "label": 0}\n',
-        "broken.json": b"{", "unknown.json": b'{"max_l": 1}', "empty.txt": b"", "blank.txt": b"\n\n \n\n",
+        "broken.json": b"{", "teacher.json": b'{"teacher": false}', "unknown.json": b'{"max_l": 1}', "empty.txt": b"", "blank.txt": b"\n\n \n\n",
         "binary.txt": bytes(range(256)) * 9, "t.jsonl": b'{"story": "x"}\n',
         "broken.jsonl": b'{"text": "x"}\n{"text": \n',
         "bad.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n',
@@ -5343,6 +5436,12 @@ def mistakes(workspace):
         (workspace / name).write_bytes(raw)
     path = write_text(workspace / "other.txt", stories(90))
     dataset.prepare(path, "byte", out=str(workspace / "data/other"))
+    dataset.prepare(path, "byte", out=str(workspace / "data/other-byte"))
+    dataset.prepare(path, "byte", out=str(workspace / "data/noval"), splits="100/0")
+    dataset.prepare(path, "byte", out=str(workspace / "data/badtest"), splits="80/10/10")
+    os.truncate(workspace / "data/badtest/test_000000.bin", 1024)
+    (workspace / "texts").mkdir()
+    write_text(workspace / "texts/other.txt", stories(80))
     dataset.prepare(str(workspace / "t.txt"), "bpe:300", out=str(workspace / "data/bpe"))
     dataset.prepare(path, "bpe:300", out=str(workspace / "data/bpe2"))
     torch.save({"model": [1]}, workspace / "object.pt")

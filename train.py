@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 import dataset
 import hellaswag
-from data_loader import DataLoader, Pairs
+from data_loader import DataLoader, NoSplit, Pairs
 from dataset import UserError
 from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_SIZE, GPTConfig, autocast, build_model,
                    checkpoint_files, checkpoint_step, cpu_computes_in, find_checkpoints, load_checkpoint, make_config,
@@ -232,7 +232,8 @@ def make_parser():
     parser = dataset.Parser(
         prog="train.py", description=f"{__doc__}\nrecipes: {', '.join(RECIPES)}", argument_default=argparse.SUPPRESS)
     convert = {bool: boolean, int: dataset.integer, float: number, str: str}
-    convert_by_name = {"recipe": str.lower, "dtype": dataset.dtype_name}
+    convert_by_name = {"recipe": str.lower, "dtype": dataset.dtype_name,
+                       "resume": lambda text: {"true": "newest", "false": ""}.get(text, text)}
     without_value = {"resume": "newest", "compile": "true"}
     for name, default in SETTINGS.items():
         options = dict(type=convert_by_name.get(name, convert[type(default)]), choices=ALLOWED.get(name),
@@ -259,7 +260,8 @@ def parse_values(parser, values, source):
     """A dict from a file, through the same conversion and checks as the command line"""
     try:
         for name, value in values.items():
-            if not isinstance(value, (bool, int, float, str)):
+            is_text = isinstance(SETTINGS.get(name), str) and name not in ("resume", "compile")
+            if not isinstance(value, (bool, int, float, str)) or isinstance(value, bool) and is_text:
                 raise UserError(f"{name} is of type {type(value).__name__}")
         texts = {k: str(v).lower() if isinstance(v, bool) else v for k, v in values.items()}
         return parse(parser, [f"--{name}={text}" for name, text in texts.items()])
@@ -306,8 +308,9 @@ def configure(argv):
         if "max_steps" in layer or "epochs" in layer:
             settings["max_minutes"] = 0.0
         settings.update(layer)
-    if any(layer.get("max_minutes") and layer.keys() & {"max_steps", "epochs"} for layer in (file, command)):
-        raise UserError("max_minutes cannot be combined with max_steps or epochs")
+    for layer in (file, command):
+        if sum(layer.get(name, 0) > 0 for name in ("max_minutes", "max_steps", "epochs")) > 1:
+            raise UserError("max_minutes, max_steps and epochs cannot be combined: each says how long to train")
     if asked.get("ckpt_shards") and settings["parallel"] == "ddp":
         raise UserError("ckpt_shards needs --parallel=zero2 or zero3")
     if settings["min_lr"] > settings["max_lr"]:
@@ -316,14 +319,14 @@ def configure(argv):
         raise UserError(f"gpu={unknown[0]} is none of {', '.join(PEAK_TFLOPS)}")
     if asked.get("patience") and not settings["val_interval"]:
         raise UserError("patience needs a val_interval above 0")
-    if "distill_alpha" in asked and not settings["teacher"]:
-        raise UserError("distill_alpha is the share of a teacher; name one with --teacher")
-    if not os.path.isdir(os.path.dirname(settings["profile"]) or "."):
-        raise UserError(f"there is no folder for --profile={settings['profile']}")
+    if (used := [k for k in ("distill_alpha", "distill_temperature") if k in asked]) and not settings["teacher"]:
+        raise UserError(f"{used[0]} is for a teacher; name one with --teacher")
+    if not os.path.isdir(os.path.dirname(settings["profile"]) or ".") or os.path.isdir(settings["profile"]):
+        raise UserError(f"--profile={settings['profile']} must be a new file in a folder that exists")
     if re.fullmatch(r"[1-9]\d*", settings["bench"]):
         settings.update({k: 0 for k in settings if k.endswith("_interval")})
         settings.update(max_steps=int(settings["bench"]), max_minutes=0.0, patience=0)
-        if not os.path.exists(settings["data"]):
+        if "data" not in asked and not os.path.exists(settings["data"]):
             settings["data"] = "input.txt"  # real batches, whatever is at hand
     elif settings["bench"] not in ("", "ladder"):
         raise UserError(f"bench={settings['bench']!r} must be a number of steps, or ladder")
@@ -701,7 +704,7 @@ def open_data(spec, is_local_main):
     -> a folder of shards, or Pairs; the tokenizer's spec, and the tokenizer, None if it cannot be had. A text file is
     first tokenized into a folder, by the tokenizer of this spec.
     """
-    path = data if os.path.exists(data) else os.path.join(os.path.dirname(__file__), data)  # input.txt is here
+    path = find_data()
     if os.path.isdir(path):
         if manifest := dataset.read_manifest(path):
             return path, manifest["tokenizer"], dataset.get_tokenizer(manifest["tokenizer"])
@@ -724,11 +727,20 @@ def open_data(spec, is_local_main):
             return Pairs(path, enc), spec, enc
     folder = text_folder(spec)
     if is_local_main:
-        dataset.prepare(path, spec, out=folder)
+        try:
+            dataset.prepare(path, spec, out=folder)
+        except UserError as e:
+            raise UserError(f"{e}; to prepare it yourself: python dataset.py --source={shlex.quote(data)} --out=FOLDER, "
+                            "then train.py --data=FOLDER") from None
     if dist.is_initialized():
         dist.barrier()
     spec = dataset.read_manifest(folder)["tokenizer"]
     return folder, spec, dataset.get_tokenizer(spec)
+
+
+def find_data():
+    """The path of --data, which may also be beside this file, as input.txt is"""
+    return data if os.path.exists(data) else os.path.join(os.path.dirname(__file__), data)
 
 
 def text_folder(spec):
@@ -757,7 +769,9 @@ def open_held_out(source, options):
     for split in ("val", "test"):
         try:
             loaders[split] = DataLoader(source, split, 1, block_size, **options)
-        except UserError as e:
+        except NoSplit as e:
+            if split == "val" and patience:
+                raise UserError(f"patience needs validation, but {e}; --patience=0 does without") from None
             if split == "val" and val_interval and options["rank"] == 0:
                 print(f"no validation loss: {e}")
     return loaders
@@ -1239,6 +1253,18 @@ def remove_path(path):
             os.remove(path)
 
 
+def begin_of(ckpt):
+    """-> the step that a run begins with, and how many rows it has taken by then"""
+    return (ckpt["step"], ckpt["loader"]["position"]) if ckpt else (0, 0)
+
+
+def forget_data(ckpt):
+    """With --new_data: what a run has measured on other data, and its position in it, mean nothing now."""
+    fresh = new_run()
+    ckpt["run"].update({name: fresh[name] for name in ("evaluated", "last_val", "best", "stale", "recent")})
+    ckpt["loader"]["position"] = 0
+
+
 def restore(ckpt, optimizers, scaler, loader, device):
     """Puts a run back where its checkpoint was saved.  -> run"""
     run = ckpt["run"]
@@ -1311,13 +1337,14 @@ def prepare_out_dir(run, ckpt):
         old = [log] if os.path.exists(log) else []
         old += [checkpoints] if os.listdir(checkpoints) else []
     for path in old:
+        path = os.path.realpath(path) if os.path.islink(path) else path  # a link to a larger disk stays
         (stem, ending), number = os.path.splitext(path), 1
         while os.path.exists(f"{stem}.{number}{ending}"):
             number += 1
         os.rename(path, f"{stem}.{number}{ending}")
         why = "is later than the checkpoint resumed from" if resumes_here else "was here before this run"
         print(f"{os.path.normpath(path)} {why}: renamed to {os.path.normpath(f'{stem}.{number}{ending}')}")
-    os.makedirs(checkpoints, exist_ok=True)
+    os.makedirs(os.path.realpath(checkpoints), exist_ok=True)
 
 
 def is_shared(folder, device):
@@ -1353,39 +1380,47 @@ def start_wandb(run, config):
 
 # -- what a run is and costs
 
-def describe(model, world_size, sequences, n_rows, device_name):
-    cfg, tokens = model.cfg, max_steps * total_batch_size
+def describe(model, world_size, sequences, n_rows, begin, device_name):
+    cfg, (step, position) = model.cfg, begin
+    rows = position + (max_steps - step) * sequences * world_size  # at the end, also if a resumed run changes the batch
+    tokens = rows * block_size
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, context {cfg.block_size}, "
           f"vocabulary {cfg.vocab_size:,}")
     print("parameters: " + ", ".join(f"{k} {v:,}" for k, v in model.param_counts().items()))
     print(f"batch: {total_batch_size:,} tokens = {world_size} process{'es' if world_size > 1 else ''} x {sequences} "
           f"sequences x {block_size} tokens")
-    passes = f" = {max_steps * sequences * world_size / n_rows:.2f} epochs" if n_rows else ""
+    passes = f" = {rows / n_rows:.2f} epochs" if n_rows else ""
     length = f"{max_steps:,} steps = {tokens:,} tokens{passes}, {model.flops_per_token() * tokens:.2e} FLOPs"
     if not max_steps:
         length = f"{epochs:g} epochs; the steps are known once the data is prepared"
     if max_minutes:
         length = f"{max_minutes:g} minutes of training"
     print(f"run: {length}")
+    if 0 < max_steps <= warmup_steps:
+        print(f"warm-up: at least as long as the run, whose learning rate ends at {get_lr(max_steps - 1):.1e}; lower "
+              "--warmup_steps, or --total_batch_size for more steps")
     print(f"device: {device_name}", flush=True)
 
 
-def print_plan(world_size, sequences, model, spec, network=None):
+def print_plan(world_size, sequences, model, spec, begin, network=None):
     """--dry_run: describes the run and its cost, without creating a model or preparing data."""
     global max_steps
-    folder = data if os.path.isdir(data) else text_folder(spec)
+    folder = find_data() if os.path.isdir(find_data()) else text_folder(spec)
     source = dataset.SOURCES.get(os.path.basename(data), {})
     manifest, n_rows = dataset.read_manifest(folder), 0
-    if manifest:
-        n_rows = len(DataLoader(folder, "train", 1, block_size, stride=stride).rows)
-    elif "tokens" in source:
-        splits = source.get("splits") or dataset.default_splits(source["tokens"])
-        train_share = dataset.split_shares(splits)[0] / 100
-        n_rows = int(source["tokens"] * train_share) // (stride or block_size)
-    max_steps = count_steps(n_rows, sequences * world_size)
+    try:
+        n_rows = DataLoader(folder, "train", 1, block_size, stride=stride).n_rows
+    except UserError:
+        if manifest:
+            raise
+        if "tokens" in source:
+            splits = source.get("splits") or dataset.default_splits(source["tokens"])
+            train_share = dataset.split_shares(splits)[0] / 100
+            n_rows = int(source["tokens"] * train_share) // (stride or block_size)
+    max_steps = count_steps(n_rows, sequences * world_size, *begin)
     with torch.device("meta"):
         model = model or new_model(manifest["vocab_size"] if manifest else vocabulary_of(spec))
-    describe(model, world_size, sequences, n_rows, "none (dry run)")
+    describe(model, world_size, sequences, n_rows, begin, "none (dry run)")
     n = model.cfg.vocab_size
     if not (init_from or resume or teacher):
         print(f"loss before training: about ln({n:,}) = {math.log(n):.2f} nats per token, as of a uniform guess")
@@ -1396,7 +1431,7 @@ def print_plan(world_size, sequences, model, spec, network=None):
               f"{gradients * seconds_per_byte:.2g} s")
     print_sizes(model, world_size, 2 * n_rows * (stride or block_size))
     for name in map(str.strip, gpu.split(",")) if max_steps else ():
-        flops = model.flops_per_token() * max_steps * total_batch_size
+        flops = model.flops_per_token() * (max_steps - begin[0]) * total_batch_size
         seconds = flops / (0.4 * PEAK_TFLOPS[name] * 1e12 * world_size)
         line = f"cost: {tqdm.format_interval(seconds)} on {world_size} x {name} at 40% of its peak"
         if usd_per_gpu_hour:
@@ -1570,6 +1605,8 @@ def write_profile(profiler, seconds):
     """Writes the trace, and prints each kind of work as a share of the seconds that the steps took"""
     from torch.autograd import DeviceType
     profiler.export_chrome_trace(profile)
+    if not os.path.exists(profile):  # torch does not say
+        print(f"cannot write {profile}", file=sys.stderr, flush=True)
     kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     shares = dict.fromkeys([*WORK, "other"], 0.0)
     for e in kernels or profiler.events():
@@ -1596,6 +1633,8 @@ def print_summary(run, stopped, problem):
         if patience and best in paths and best != path:
             path, where = best, f" --ckpt={shlex.quote(best)}"
         print(f"{path}; to try it: python eval.py{where}")
+    else:
+        print("no checkpoint was saved: ckpt_interval is 0")
     values = dict(val_loss=run["last_val"]["loss"], bpb=run["last_val"]["bpb"], hellaswag=run["hella"], usd=run["usd"])
     values = {name: value if math.isfinite(value) else None for name, value in values.items()}
     print(json.dumps(dict(recipe=recipe, step=run["step"], tokens=run["tokens"], seconds=round(run["seconds"], 1),
@@ -1632,7 +1671,7 @@ if __name__ == "__main__":
         under_torchrun = "MASTER_ADDR" in os.environ and world_size > 1
         network = measure_network(pick_device(device, local_rank), rank, world_size) if under_torchrun else None
         if is_main or not under_torchrun:
-            print_plan(world_size, sequences, raw_model, spec, network)
+            print_plan(world_size, sequences, raw_model, spec, begin_of(ckpt), network)
         end_process(0)
     device = pick_device(device, local_rank)  # a torch.device from here on
     if world_size > 1:
@@ -1658,10 +1697,12 @@ if __name__ == "__main__":
     options = dict(rank=rank, world_size=world_size, doc_mask=doc_mask, vocab_size=n_tokens, device=device)
     loader = DataLoader(source, "train", 1, block_size, seed=seed, stride=stride, **options)  # B, here 1, is set below
     fingerprint = loader.rows.fingerprint()
-    if ckpt and ckpt["data_fingerprint"] != fingerprint and not new_data:
-        raise UserError(f"{data} is not the data that {ckpt['path']} was trained on; --new_data resumes all the same")
+    if ckpt and ckpt["data_fingerprint"] != fingerprint:
+        if not new_data:
+            raise UserError(f"{data} is not the data that {ckpt['path']} was trained on; --new_data resumes all the same")
+        forget_data(ckpt)
     held_out = open_held_out(source, options)
-    begin = (ckpt["step"], ckpt["loader"]["position"]) if ckpt else (0, 0)
+    begin = begin_of(ckpt)
     max_steps = count_steps(loader.n_rows, sequences * world_size, *begin)
     if ckpt:
         shape = {**ckpt["model_config"], "dropout": dropout, "attention": attention}
@@ -1676,7 +1717,7 @@ if __name__ == "__main__":
     if is_main:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
             f"{device.type}, {torch.get_num_threads()} threads"
-        describe(raw_model, world_size, sequences, loader.n_rows, f"{where}, {amp_name}")
+        describe(raw_model, world_size, sequences, loader.n_rows, begin, f"{where}, {amp_name}")
         if recipe == "sft" and not init_from and not ckpt:
             print("no --init_from: the weights are random, and all they learn is from these pairs")
         if ckpt and "init_from" in asked:  # as when the first command is repeated with --resume
