@@ -120,8 +120,8 @@ class Windows:
             self.states.append(file_state(path))
         self.ends = np.cumsum(self.lengths).tolist()  # where each shard ends in the stream
         if self.ends[-1] < T + 1:
-            raise NoSplit(f"the {split} split of {folder} has {self.ends[-1]:,} tokens; a window takes block_size + 1 = "
-                          f"{T + 1}")
+            raise NoSplit(f"the {split} split of {folder} has {self.ends[-1]:,} tokens; a window takes "
+                          f"block_size + 1 = {T + 1}")
 
     def __len__(self):
         return (self.ends[-1] - self.T - 1) // self.stride + 1

@@ -98,9 +98,9 @@ def report_error(kind, error, trace):
 
 
 def is_out_of_memory(error):
-    """Python's error, or torch's for CPUs and for CUDA"""
+    """Python's error, or torch's for CPUs, CUDA and cuBLAS"""
     text = f"{type(error).__name__}: {error}"
-    return re.search("MemoryError|allocate memory|out of memory", text) is not None
+    return re.search("MemoryError|allocate memory|out of memory|STATUS_ALLOC_FAILED", text) is not None
 
 
 class LossyFile(io.FileIO):

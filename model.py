@@ -625,7 +625,7 @@ def pick_device(name="auto", local_rank=0):
             raise RuntimeError("it must be auto, cuda, cuda:1, mps or cpu")
         if device.type == "cpu":
             use_large_pages()
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # runs a kernel: torch may be built for newer GPUs
     except (RuntimeError, AssertionError) as e:  # torch raises either for a device that is not there
         raise UserError(f"device={name} cannot be used here: {str(e).splitlines()[0]}") from None
     if device.type == "cuda":

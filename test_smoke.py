@@ -617,7 +617,7 @@ def test_what_tells_gpt2s_vocabulary_from_others_is_true_of_it():
 def test_a_lack_of_memory_is_not_taken_for_a_damaged_file():
     assert not dataset.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError(),
-                  RuntimeError("CUDA error: out of memory")):
+                  RuntimeError("CUDA error: out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")):
         with pytest.raises(type(error)), dataset.reading("model.pt", "a checkpoint"):
             raise error
 
@@ -4435,9 +4435,40 @@ def test_micro_batches_that_cannot_fit_are_not_tried(monkeypatch):
     set_globals(monkeypatch, compile="auto", block_size=16, micro_batch=0, grad_checkpoint=False)
     model = GPT(small())
     free = 0.8 * 5 * train.activation_bytes(model.cfg, torch.bfloat16, compiled=True)
+    free += 2**30 + 4 * 4 * model.param_counts()["total"] + train.autocast_bytes(model, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
     assert train.find_micro_batch(model, None, torch.device("cuda"), torch.bfloat16, 12, 0, shares=1)[0] == 4
     assert tried == [4]
+
+
+@pytest.mark.parametrize("others, tried", [(8, []), (2, [2])])
+def test_a_process_that_could_take_more_compiles_for_what_all_can_take(monkeypatch, others, tried):
+    done, model = [], GPT(small())
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor, op: tensor.fill_(min(others, int(tensor))))
+    monkeypatch.setattr(train, "try_step", lambda model, teacher, device, dtype, B, shares: done.append(B))
+    model.set_compiled(True)
+    B = train.smallest_micro_batch(4, model, None, torch.device("cpu"), torch.float32, shares=1)
+    assert B == min(4, others) and done == tried
+
+
+def test_sizes_that_do_not_fit_leave_the_compiler_as_it_was(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(len(inputs[-1]))
+        return graph.forward
+
+    def try_step(model, teacher, device, dtype, B, shares):
+        model(*torch.zeros(2, B, 16, dtype=torch.long))
+        if B > 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(train, "try_step", try_step)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**50, 2**50))
+    set_globals(monkeypatch, compile="auto", block_size=16, micro_batch=0, grad_checkpoint=False)
+    B, problem = train.find_micro_batch(GPT(small()), None, torch.device("cuda"), torch.float32, 120, 0, shares=1)
+    assert (B, problem) == (1, "") and len(graphs) == 16 > torch._dynamo.config.recompile_limit
 
 
 def test_the_trial_leaves_room_for_moments_gradients_and_buffers(monkeypatch):
@@ -4495,6 +4526,8 @@ def test_nodes_whose_data_differs_are_told_so(workspace, tmp_path, name):
         dataset.prepare(str(workspace / "t.txt"), "byte", out=str(tmp_path / "node1/t"), splits="70/30")
     else:
         os.remove(tmp_path / "node1/t" / name)
+        for node in range(2):
+            os.remove(tmp_path / f"node{node}/t/meta.json")  # other people's shards
     errors = [p.communicate(timeout=120)[1] for p in start_nodes(tmp_path, "--data=t", "--val_interval=1")]
     assert any("train.py: the processes have different data, or only some" in error for error in errors), errors
     assert not any("Traceback" in error for error in errors), errors
@@ -4542,6 +4575,20 @@ def test_float16_is_refused_where_torch_has_no_scaler(monkeypatch):
     assert train.training_dtype(torch.device("cpu"), True) == torch.float16
     with pytest.raises(UserError, match="dtype=float16 needs a loss scaler"):
         train.training_dtype(torch.device("mps"), True)
+
+
+def test_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    set_globals(monkeypatch, dtype="bfloat16")
+    with pytest.raises(UserError, match="this GPU does not compute in bfloat16"):
+        train.training_dtype(torch.device("cuda"), True)
+
+
+def test_nccls_errors_are_reported_with_their_cause(capsys):
+    for cause, words in (("no space left", "lost the others.* no space left"), ("out of memory", "out of memory; use")):
+        error = RuntimeError(f"NCCL error in: x.cpp:9\nncclSystemError: it failed.\nLast error:\n {cause}\n")
+        train.report_error(RuntimeError, error, None)
+        assert re.search(words, capsys.readouterr().err)
 
 
 def test_garbage_is_collected_when_a_run_is_evaluated_and_never_in_between(workspace, tmp_path):
@@ -5426,7 +5473,8 @@ def mistakes(workspace):
         "deep.jsonl": b'{"text": %s}\n' % DEEP, "list.jsonl": b"[1]\n", "number.jsonl": b'{"text": 5}\n',
         "endings.jsonl": json.dumps({"ctx": "a", "endings": ["b"] * 200_000, "label": 0}).encode() + b"\n",
         "surrogate.jsonl": b'{"ctx": "\\ud800", "endings": ["a", "b", "c", "d"], "label": 0}\n',
-        "broken.json": b"{", "teacher.json": b'{"teacher": false}', "unknown.json": b'{"max_l": 1}', "empty.txt": b"", "blank.txt": b"\n\n \n\n",
+        "broken.json": b"{", "teacher.json": b'{"teacher": false}', "unknown.json": b'{"max_l": 1}',
+        "empty.txt": b"", "blank.txt": b"\n\n \n\n",
         "binary.txt": bytes(range(256)) * 9, "t.jsonl": b'{"story": "x"}\n',
         "broken.jsonl": b'{"text": "x"}\n{"text": \n',
         "bad.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n',
@@ -5449,8 +5497,12 @@ def mistakes(workspace):
     torch.save({}, workspace / "hf/pytorch_model.bin")
     (workspace / "hf/config.json").write_text("{}")
     before = tree(workspace)
-    done = BOTH_CORES.map(lambda mistake: script(here(mistake[0][0]), *mistake[0][1:], cwd=workspace,
-                                                 HF_HUB_OFFLINE="1"), MISTAKES.values())
+
+    def make(name):  # two at a time, so each has a folder of its own
+        program, *args = (arg.replace("data/new", f"data/new {name}") for arg in MISTAKES[name][0])
+        return script(here(program), *args, cwd=workspace, HF_HUB_OFFLINE="1")
+
+    done = BOTH_CORES.map(make, MISTAKES)
     return dict(zip(MISTAKES, done)), before, tree(workspace)
 
 

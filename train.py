@@ -138,6 +138,7 @@ LIMITS = {
 NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "gpu", "bench", "profile", "out_dir", "data",
                "teacher")
 MAY_CHANGE = ("dropout", "attention")  # the fields of GPTConfig that may differ from those of a checkpoint
+RESERVE = 2**30  # bytes on CUDA for the buffers of DDP and NCCL
 RECENT = 128  # steps that a spike is measured against
 MOMENTUM_WARMUP = 300  # steps
 UNKNOWN_STEPS = 2**40  # max_steps with max_minutes, until a step has been timed
@@ -557,7 +558,7 @@ def start_processes(device, rank, world_size):
             present.item()  # CUDA works asynchronously: wait
         store.delete_key(f"machine/{rank}")  # torchrun may keep the store for another start
     except (RuntimeError, ValueError) as e:
-        raise UserError(f"the processes cannot reach each other ({str(e).splitlines()[0]}); start them with torchrun")
+        raise UserError(f"the processes cannot reach each other ({summarize(e)}); start them with torchrun")
     return machines
 
 
@@ -639,11 +640,18 @@ def measure_network(device, rank, world_size):
     return count_machines(machines), statistics.median(times[1:]) / numbers.nbytes  # the first opens connections
 
 
+def summarize(error):
+    """The first line of an error of torch; NCCL gives the cause on the lines after "Last error:"."""
+    text = str(error)
+    return " ".join([*text.splitlines()[:1], *text.partition("Last error:")[2].split()])
+
+
 def report_error(kind, error, trace):
     """For sys.excepthook: when a process ends with an error, gloo and NCCL raise others in the processes that wait."""
-    if issubclass(kind, RuntimeError) and re.search("gloo|nccl|connection closed", str(error), re.IGNORECASE):
-        reason = str(error).splitlines()[0]
-        kind, error = UserError, f"rank {os.environ.get('RANK')} lost the others; see their errors first ({reason})"
+    is_network = re.search("gloo|nccl|connection closed", str(error), re.IGNORECASE)
+    if issubclass(kind, RuntimeError) and is_network and not dataset.is_out_of_memory(error):
+        rank = os.environ.get("RANK")
+        kind, error = UserError, f"rank {rank} lost the others; see their errors first ({summarize(error)})"
     dataset.report_error(kind, error, trace)
 
 
@@ -675,6 +683,8 @@ def training_dtype(device, is_chosen, is_main=True):
         if is_main:
             print("training in float32: this CPU is very slow in the recipe's float16 (--dtype=float16 insists)")
         return torch.float32
+    if picked == torch.bfloat16 and device.type == "cuda" and pick_dtype("auto", device) != picked:
+        raise UserError("this GPU does not compute in bfloat16; use --dtype=float16 or float32")
     if picked == torch.float16 and device.type == "mps":
         raise UserError("dtype=float16 needs a loss scaler, which torch does not have for mps; use bfloat16 or float32")
     return picked
@@ -730,8 +740,8 @@ def open_data(spec, is_local_main):
         try:
             dataset.prepare(path, spec, out=folder)
         except UserError as e:
-            raise UserError(f"{e}; to prepare it yourself: python dataset.py --source={shlex.quote(data)} --out=FOLDER, "
-                            "then train.py --data=FOLDER") from None
+            raise UserError(f"{e}; to prepare it yourself: python dataset.py --source={shlex.quote(data)} "
+                            "--out=FOLDER, then train.py --data=FOLDER") from None
     if dist.is_initialized():
         dist.barrier()
     spec = dataset.read_manifest(folder)["tokenizer"]
@@ -977,7 +987,9 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
     largest = previous or max(1, (65536 if device.type == "cuda" else 4096) // block_size)  # more would not be faster
     sizes = [micro_batch] if micro_batch else [d for d in reversed(divisors(sequences)) if d <= largest]
     if device.type == "cuda":  # no time is spent on compiling for sizes that cannot fit
-        free = torch.cuda.mem_get_info(device)[0]
+        n = sum(p.numel() for p in model.parameters())
+        fixed = 4 * n * (1 + spare_floats(shares)) + RESERVE + autocast_bytes(model, amp_dtype)  # 1: the gradients
+        free = torch.cuda.mem_get_info(device)[0] - fixed
         one = 0.8 * activation_bytes(model.cfg, amp_dtype, compiled=True)
         sizes = [B for B in sizes if B * one < free] or sizes[-1:]
     wants_compile = compile == "true" or compile == "auto" and device.type == "cuda"
@@ -993,6 +1005,7 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
                 if len(sizes) == 1:
                     raise UserError(out_of_memory_advice(sizes[0])) from None
                 sizes.pop(0)
+                torch.compiler.reset()  # torch compiles a function for a few shapes only
                 continue
             if not wants_compile:
                 raise
@@ -1006,6 +1019,15 @@ def find_micro_batch(model, teacher_model, device, amp_dtype, sequences, previou
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     return sizes[0], problem
+
+
+def smallest_micro_batch(B, model, teacher_model, device, amp_dtype, shares):
+    """The micro-batch of the process that can take the least; the others compile their code for it now."""
+    dist.all_reduce(smallest := torch.tensor(B, device=device), dist.ReduceOp.MIN)
+    if smallest < B and "loss" in vars(model):
+        try_step(model, teacher_model, device, amp_dtype, int(smallest), shares)
+        model.zero_grad(set_to_none=True)
+    return int(smallest)
 
 
 def activation_bytes(cfg, amp_dtype, compiled=False):
@@ -1033,18 +1055,23 @@ def autocast_bytes(model, amp_dtype):
     return 0 if amp_dtype == torch.float32 else amp_dtype.itemsize * n
 
 
+def spare_floats(shares):
+    """
+    How many floats per parameter a step needs besides the weight and the gradient that are in memory before the run. In
+    all it needs 5: weight, two moments, two gradients; if sharded, a share of four of them, and one gathered weight.
+    """
+    return 3 if shares == 1 else max(0, 4 / shares - 1)
+
+
 def try_step(model, teacher_model, device, amp_dtype, B, shares):
     """
     The forward and backward pass of a step, with room for AdamW's two moments, for an earlier micro-batch's gradients,
     and for what DDP and NCCL take. A validation needs less; its code is compiled here, too. A model that
     will be sharded is still whole here: its weights and gradients stand for the blocks that are gathered in training.
     """
-    # Per parameter a step needs 5 floats: weight, two moments, two gradients. If sharded, it needs a share of four of
-    # them, and one gathered weight. Two are here.
-    floats = 3 if shares == 1 else max(0, 4 / shares - 1)
-    room = [torch.empty(int(floats * p.numel()), device=device) for p in model.parameters()]
+    room = [torch.empty(int(spare_floats(shares) * p.numel()), device=device) for p in model.parameters()]
     if device.type == "cuda":
-        room.append(torch.empty(2**30, dtype=torch.uint8, device=device))
+        room.append(torch.empty(RESERVE, dtype=torch.uint8, device=device))
     batch = [torch.zeros(B, block_size, dtype=torch.long, device=device)] * (3 if doc_mask else 2)
     with autocast(device, amp_dtype):
         loss_fn(model, teacher_model, *batch).backward()
@@ -1699,7 +1726,8 @@ if __name__ == "__main__":
     fingerprint = loader.rows.fingerprint()
     if ckpt and ckpt["data_fingerprint"] != fingerprint:
         if not new_data:
-            raise UserError(f"{data} is not the data that {ckpt['path']} was trained on; --new_data resumes all the same")
+            raise UserError(f"{data} is not the data that {ckpt['path']} was trained on; --new_data resumes all the "
+                            "same")
         forget_data(ckpt)
     held_out = open_held_out(source, options)
     begin = begin_of(ckpt)
@@ -1729,8 +1757,7 @@ if __name__ == "__main__":
     B, problem = find_micro_batch(raw_model, teacher_model, device, amp_dtype, sequences, previous_B, shares)
     model = raw_model
     if world_size > 1:
-        dist.all_reduce(smallest := torch.tensor(B, device=device), dist.ReduceOp.MIN)
-        B = int(smallest)
+        B = smallest_micro_batch(B, raw_model, teacher_model, device, amp_dtype, shares)
         if sharded:
             model = shard_model(raw_model, device, amp_dtype, world_size)
         else:
@@ -1800,6 +1827,8 @@ if __name__ == "__main__":
             break
 
         # forward and backward for every micro-batch
+        if step % 1000 == 999:
+            gc.collect()  # sharded models and recomputed activations leave cycles
         if profile and is_main and step == max(first_step, max_steps - PROFILED_STEPS):
             profiler = torch.profiler.profile(acc_events=True)
             profiler.start()
