@@ -10,6 +10,7 @@ A log has one record a line, `step stream value key=value ...`. Its first three 
 project's logs can be drawn as well.
 """
 import argparse
+import bisect
 import itertools
 import json
 import math
@@ -19,7 +20,8 @@ import sys
 
 COLORS = ["#2a6fbb", "#d1602e", "#3a923a", "#8a5fb0", "#c2385e", "#7a6a53", "#1b9aaa", "#888888"]
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "axes.titlesize": 9, "grid.color": "#e6e6e6", "axes.edgecolor": "#888888", "legend.frameon": False}
+         "axes.titlesize": 9, "grid.color": "#e6e6e6", "axes.edgecolor": "#888888", "legend.frameon": False,
+         "text.parse_math": False}
 DARK = {"figure.facecolor": "#161616", "axes.facecolor": "#161616", "grid.color": "#333333", **dict.fromkeys(
     ["text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], "#dddddd")}
 # To compare with: validation losses of runs on two CPU cores, {(recipe, data, parameters): {tokens: loss}}
@@ -37,10 +39,10 @@ def fail(message):
 
 def read_log(path):
     """
-    -> {stream: {step: (value, {key: number})}}, and the newest header. After a resume a step may appear twice: the last
-    line wins. Lines that are cut off, or not records, are skipped.
+    -> {stream: {step: (value, {key: number})}}, and the headers, of which each start of the run wrote one. After a
+    resume a step may appear twice: the last line wins. Lines that are cut off, or not records, are skipped.
     """
-    streams, header = {"train": {}, "val": {}, "test": {}, "hella": {}}, {}
+    streams, headers = {"train": {}, "val": {}, "test": {}, "hella": {}}, []
     try:
         with open(path, encoding="utf-8", errors="replace") as f:
             lines = f.read().split("\n")[:-1]  # a record ends with its newline
@@ -49,9 +51,10 @@ def read_log(path):
     for line in lines:
         try:
             if line.startswith("#"):
-                if new := read_header(line[1:]):
-                    header = new  # of a start from this step: what is later was abandoned
-                    streams = {name: {step: record for step, record in records.items() if step <= header["start"]}
+                if header := read_header(line[1:]):
+                    start = header["start"]  # what is later was abandoned
+                    headers = [*(old for old in headers if old["start"] < start), header]
+                    streams = {name: {step: record for step, record in records.items() if step <= start}
                                for name, records in streams.items()}
                 continue
             step, stream, value, *rest = line.split()
@@ -61,7 +64,7 @@ def read_log(path):
                 streams.setdefault(stream, {})[int(step)] = float(value), numbers
         except ValueError:
             continue
-    return streams, header
+    return streams, headers
 
 
 def read_header(text):
@@ -95,21 +98,25 @@ def smooth(values, span):
     return smoothed
 
 
-def step_converter(kind, streams, header):
+def step_converter(kind, streams, headers):
     """-> a function from steps to tokens, hours, ..., or None if the log does not say enough"""
     if kind == "step":
         return lambda step: step
-    if not header.get(kind):
+    if not headers or not all(header[kind] for header in headers):
         return None
-    if kind in ("tokens", "FLOPs"):
-        return lambda step: step * header[kind]
     import numpy as np
-    steps, seconds = [0], [0.0]
-    for step, (_, fields) in sorted(streams["train"].items()):
-        seconds.append(seconds[-1] + fields.get("ms", 0) / 1000 * (step + 1 - steps[-1]))
-        steps.append(step + 1)
-    steps, seconds = np.array(steps), np.array(seconds)
-    return lambda step: np.interp(step, steps, seconds) * header[kind]
+    starts = [header["start"] for header in headers[1:]]  # a resumed run may have another batch or price
+    if kind in ("tokens", "FLOPs"):
+        last = max([0, *starts, *itertools.chain(*streams.values())])
+        spans = [(end, 1) for end in [*starts, last + 1]]  # the end of each, and what a step of it is multiplied by
+    else:
+        spans = [(step + 1, fields.get("ms", 0) / 1000) for step, (_, fields) in sorted(streams["train"].items())]
+    steps, totals = [0], [0.0]
+    for end, amount in spans:
+        header = headers[bisect.bisect_right(starts, end - 1)]
+        totals.append(totals[-1] + header[kind] * amount * (end - steps[-1]))
+        steps.append(end)
+    return lambda step: np.interp(step, steps, totals)
 
 
 def series(records, to_x, key=None):
@@ -149,7 +156,8 @@ def draw_losses(ax, streams, to_x, color, prefix):
 
 def draw_typical(ax, logs, kind):
     """The losses of a typical run, if all logs are of its recipe, text, model size and batch size"""
-    (source, tokens_per_step), *others = {(header.get("source"), header.get("tokens")) for _, header in logs}
+    last = [headers[-1] if headers else {} for _, headers in logs]
+    (source, tokens_per_step), *others = {(header.get("source"), header.get("tokens")) for header in last}
     typical = TYPICAL.get(source)
     if typical and not others and kind in ("step", "tokens"):
         x = [tokens / tokens_per_step if kind == "step" else tokens for tokens in typical]
@@ -212,7 +220,7 @@ def plot(paths, out, kind="step", dark=False):
     axes = fig.subplot_mosaic([above.split(), "lr lr lr speed speed speed".split()], height_ratios=[3, 1])
     loss, hella, lr, speed = map(axes.get, ("loss", "hella", "lr", "speed"))
     losses = []
-    for i, ((streams, header), name, to_x) in enumerate(zip(logs, short_names(paths), to_xs)):
+    for i, ((streams, _), name, to_x) in enumerate(zip(logs, short_names(paths), to_xs)):
         color, prefix = COLORS[i % len(COLORS)], f"{name.lstrip('_')}: " if len(logs) > 1 else ""
         losses += draw_losses(loss, streams, to_x, color, prefix)
         lr.plot(*series(streams["train"], to_x, "lr"), color=color)
@@ -221,7 +229,8 @@ def plot(paths, out, kind="step", dark=False):
             xs, ys = series(streams["hella"], to_x)
             hella.plot(xs, ys, color=color, marker="o", markersize=3, label=f"{prefix}{ys[-1]:.4f}")
     if has_hella:
-        for name, score in {**logs[0][1].get("references", {}), "chance": 0.25}.items():
+        references = logs[0][1][-1]["references"] if logs[0][1] else {}
+        for name, score in {**references, "chance": 0.25}.items():
             hella.axhline(score, color="#999999", linestyle="--", linewidth=1)
             hella.annotate(name, (0, score), xycoords=("axes fraction", "data"), xytext=(4, 3),
                            textcoords="offset points", color="#777777", fontsize=8)
@@ -262,8 +271,12 @@ def main():
     p.add_argument("--term", action="store_true", help="print a chart of the losses instead of writing a picture")
     a = p.parse_args()
     if a.term:
+        if a.out or a.dark:
+            fail("--term prints a chart, without --out and --dark")
         print_chart(a.logs, a.x)
         return
+    if os.path.isdir(a.out or ""):
+        fail(f"--out={a.out} is a folder; name a file in it")
     out = a.out or (os.path.splitext(a.logs[0])[0] + ".png" if len(a.logs) == 1 else "logs.png")
     out += "" if os.path.splitext(out)[1] else ".png"
     plot(a.logs, out, a.x, a.dark)

@@ -4210,7 +4210,7 @@ def test_a_log_is_read_with_the_last_line_of_a_step_winning(tmp_path):
     (tmp_path / "log.txt").write_text(
         '# {"config": {"total_batch_size": 8}}\n0 train 5.0 lr=1e-3 mfu=n/a\n0 val 5.5\n1 train 4.0 lr=2e-3\n'
         "1 train 4.5 lr=3e-3\n1 hella 0.25\nnoise\n2 train 3.")
-    streams, header = plot.read_log(str(tmp_path / "log.txt"))
+    streams, [header] = plot.read_log(str(tmp_path / "log.txt"))
     assert streams == {"train": {0: (5.0, {"lr": 1e-3}), 1: (4.5, {"lr": 3e-3})}, "val": {0: (5.5, {})},
                        "hella": {1: (0.25, {})}, "test": {}}
     assert header == {"tokens": 8, "FLOPs": 0, "minutes": 1 / 60, "hours": 1 / 3600, "dollars": 0, "references": {},
@@ -4226,6 +4226,29 @@ def test_a_step_is_drawn_at_its_tokens_hours_or_dollars(tmp_path, kind, expected
     (tmp_path / "log.txt").write_text(f"# {json.dumps(header)}\n{records}")
     to_x = plot.step_converter(kind, *plot.read_log(str(tmp_path / "log.txt")))
     assert [to_x(step) for step in range(4)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("tokens", [0, 8, 16, 32, 48]), ("FLOPs", [0, 800, 1600, 3200, 4800]), ("dollars", [0, 2, 4, 12, 20])])
+def test_a_resumed_run_is_drawn_with_the_settings_of_each_part(tmp_path, kind, expected):
+    text = ""
+    for start, world_size, batch in ((0, 1, 8), (2, 4, 16)):
+        header = dict(step=start, config=dict(total_batch_size=batch, usd_per_gpu_hour=2.0), world_size=world_size,
+                      flops_per_token=100)
+        records = "".join(f"{step} train 5.0 ms=3600000\n" for step in (start, start + 1))
+        text += f"# {json.dumps(header)}\n{records}"
+    (tmp_path / "log.txt").write_text(text)
+    to_x = plot.step_converter(kind, *plot.read_log(str(tmp_path / "log.txt")))
+    assert [to_x(step) for step in range(5)] == pytest.approx(expected)
+
+
+def test_a_name_is_drawn_as_it_is(tmp_path):
+    paths = []
+    for name in ("run$\\frac$", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(write_log(tmp_path / name / "log.txt", [5.0, 4.0]))
+    plot.plot(paths, str(tmp_path / "logs.png"))
+    assert is_picture(tmp_path / "logs.png")
 
 
 def is_picture(path):
