@@ -224,11 +224,14 @@ class PackedPairs:
 
     def summary(self):
         used = np.minimum(self.lengths, self.T).sum() / (len(self) * self.T)
-        text = f"{len(self.lengths):,} pairs in {len(self):,} rows, {used:.1%} filled"
-        if too_long := np.count_nonzero(self.lengths > self.T):
-            text += f"; {too_long:,} pairs are longer than the context and lose the beginning of the prompt, and if " \
-                "that is not enough, the end of the response"
-        return text
+        return f"{len(self.lengths):,} pairs in {len(self):,} rows, {used:.1%} filled{self.what_is_cut()}"
+
+    def what_is_cut(self):
+        too_long = np.count_nonzero(self.lengths > self.T)
+        if not too_long:
+            return ""
+        return f"; {too_long:,} pairs are longer than the context and lose the beginning of the prompt, and if that " \
+            "is not enough, the end of the response"
 
     def target_counts(self, indices):
         return self.counts[indices]

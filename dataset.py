@@ -661,7 +661,7 @@ def open_files(name, paths, column, doc_sep, worker):
     kinds = {os.path.splitext(path)[1].lower() for path in paths}
     n_pieces = 0
     if ".json" in kinds:
-        raise UserError(f"{name} is a single JSON value; write one object per line, as .jsonl")
+        raise UserError(f"{name}: .json files are not read; write one JSON object per line, in a file named .jsonl")
     if len(kinds) > 1 and kinds & {".jsonl", ".parquet"}:
         raise UserError(f"{name} matches files of several kinds; name one kind")
     if kinds == {".parquet"}:
@@ -1289,13 +1289,13 @@ def split_system(messages):
     return "", messages
 
 
-def parse_messages(messages):
+def parse_messages(messages, answers_required=True):
     """A system message goes before the first prompt; a last question without an answer is dropped."""
     system, messages = split_system(messages)
     n = len(messages)
     if n < 2 or [m.get("role") for m in messages] != (["user", "assistant"] * n)[:n]:
         raise ValueError("messages do not alternate between user and assistant")
-    texts = [get_text(m, "content") for m in messages[:n // 2 * 2]]
+    texts = [get_text(m, "content", answers_required or m["role"] == "user") for m in messages[:n // 2 * 2]]
     texts[0] = f"{system}\n\n{texts[0]}".strip()
     return list(zip(texts[::2], texts[1::2]))
 

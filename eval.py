@@ -103,17 +103,29 @@ def make_generator(model, seed):
     return torch.Generator(model.lm_head.weight.device).manual_seed(seed)
 
 
+def check_sampling(temperature, top_k, top_p, seed, stop):
+    checks = [("temperature", temperature, temperature == 0 or 1e-4 <= temperature < math.inf),
+              ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1),
+              ("seed", seed, seed is None or 0 <= seed < 2**63)]
+    for name, value, is_in_range in checks:
+        if not is_in_range:
+            raise UserError(f"{name}={value} is out of range")
+    if "" in ([stop] if isinstance(stop, str) else stop):
+        raise UserError("stop must not be empty")
+
+
 def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=None, stop=(), ckpt=None,
                   out_dir=".", device="auto", dtype="auto"):
     """-> the prompt and its continuation; from a model fine-tuned on pairs, only the response"""
     name = ckpt or out_dir
     if os.path.isdir(os.path.join(name, "checkpoints")) or not ckpt:
         name = newest_checkpoint(name)  # a newer one may have come since the last call
-    model, enc, known = load_cached(name, out_dir, device, dtype)
+    check_sampling(temperature, top_k or 0, 1 if top_p is None else top_p, seed, stop or ())
+    model, enc, known = load_cached(name, out_dir, device, dataset.dtype_name(dtype))
     template = known.get("template")
     tokens = dataset.prompt_tokens(enc, template, [(prompt, None)])
     generator = make_generator(model, seed)
-    pieces = stream_text(model, enc, [tokens], max_new_tokens, temperature, top_k, top_p, generator, stop)
+    pieces = stream_text(model, enc, [tokens], max_new_tokens, temperature, top_k, top_p, generator, stop or ())
     text = "".join(piece for [piece] in pieces)
     return text if template else prompt + text
 
@@ -161,6 +173,9 @@ def interact(respond, is_chat):
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except KeyboardInterrupt:
+            print()
+            continue
         if is_chat and not line.strip():
             continue
         if is_chat:
@@ -235,11 +250,10 @@ def measure(model, enc, path, split="val", stride=None, limit=None, doc_mask=Fal
         if limit or stride:
             raise UserError(f"--{'limit' if limit else 'stride'} does not apply to pairs")
         loader = DataLoader(Pairs(path, enc), "all", 1, T, doc_mask=True, device=device)
-        batches, how = loader.validation_batches(loader.n_rows, max(1, 4096 // T)), "responses, each pair on its own"
+        batches = loader.validation_batches(loader.n_rows, max(1, 4096 // T))
+        how = "responses, each pair on its own" + loader.rows.what_is_cut()
     else:
-        stride = stride or max(1, T // 2)
-        if stride > T:
-            raise UserError(f"--stride={stride} is more than the context of {T}")
+        stride = check_stride(stride, T)
         tokens = read_tokens(path, enc, split, limit)
         if len(tokens) < 2:
             raise UserError(f"{path} has {len(tokens)} tokens; there is nothing to predict")
@@ -248,6 +262,12 @@ def measure(model, enc, path, split="val", stride=None, limit=None, doc_mask=Fal
     byte_lengths = torch.tensor(dataset.token_lengths(enc), device=device)
     nats, n, n_bytes = hellaswag.sum_losses(model, batches, byte_lengths)
     return dict(loss=nats / n, bpb=hellaswag.bits_per_byte(nats, n_bytes), tokens=n, how=how)
+
+
+def check_stride(stride, T):
+    if stride and stride > T:
+        raise UserError(f"--stride={stride} is more than the context of {T}")
+    return stride or max(1, T // 2)
 
 
 def has_doc_mask(known):
@@ -287,6 +307,8 @@ def read_available_tasks(tasks, data, limit):
 
 def compare(names, text, split, stride, tasks, data, limit, device, dtype):
     """Prints a table of models, and of published scores."""
+    for name in names:  # an error now rather than after hours of measuring the first ones
+        check_stride(stride, load(name, ".", device, dtype)[0].cfg.block_size)
     tasks = read_available_tasks(tasks, data, limit)
     rows = []  # {column: cell}
     for name in names:
@@ -297,6 +319,7 @@ def compare(names, text, split, stride, tasks, data, limit, device, dtype):
             result = run.get("last_val", {})
             if text:
                 result = measure(model, enc, text, split, stride, doc_mask=has_doc_mask(known))
+                print(f"{name}: {result['how']}", file=sys.stderr)
             row |= {"loss": cell(result.get("loss"), ".4f"), "bits/byte": cell(result.get("bpb"), ".4f")}
             if row["loss"] != "-":
                 row["perplexity"] = cell(hellaswag.perplexity(result["loss"]), ".2f")
@@ -367,6 +390,13 @@ def sampling_options(request, defaults):
     return options
 
 
+def join_text_parts(content):
+    """[{"type": "text", "text": "Hello"}], as OpenAI's clients may write a text -> Hello"""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers from server.model, one text at a time: server.generating is a lock."""
     timeout = 60  # seconds to wait for a client to send or receive
@@ -378,7 +408,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def respond(self):
         route, server = f"{self.command} {self.path.split('?')[0]}", self.server
         try:
-            length = self.headers.get("Content-Length", "0")
+            length = self.headers.get("Content-Length", "0" if self.command == "GET" else "missing")
             if not re.fullmatch(r"\d{1,6}", length):
                 raise BadRequest("a request needs a Content-Length of at most 999,999", 413)
             body = self.rfile.read(int(length))
@@ -442,10 +472,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_chat:
             try:
                 placeholder = dict(role="assistant", content="-")  # parse_messages drops a question without an answer
-                system, messages = dataset.split_system([*request["messages"], placeholder])
-                *turns, (prompt, _) = dataset.parse_messages(messages)
-            except (LookupError, TypeError, ValueError) as e:
-                raise BadRequest(f"messages must alternate between user and assistant, the last by user: {e}") from None
+                messages = [{**m, "content": join_text_parts(m.get("content"))} for m in request["messages"]]
+                system, messages = dataset.split_system([*messages, placeholder])
+                *turns, (prompt, _) = dataset.parse_messages(messages, answers_required=False)
+            except (AttributeError, LookupError, TypeError, ValueError) as e:
+                raise BadRequest(f"{e}; messages alternate between user and assistant, the last by user") from None
             return chat_tokens(server.model, server.enc, server.template, [*turns, (prompt, None)], system)
         if isinstance(prompt, list) and len(prompt) == 1:
             [prompt] = prompt
@@ -484,13 +515,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield dict(**about, choices=[], usage=usage)
 
 
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # connections that wait to be accepted
+
+
 def serve(address, model, enc, template, name, defaults):
     match = re.fullmatch(r"(?:([\w.-]+):)?(\d{1,5})", address)
     if not match:
         raise UserError(f"--serve={address} must be a port, such as 8000, or HOST:PORT")
     host, port = match[1] or "127.0.0.1", int(match[2])
     try:
-        server = http.server.ThreadingHTTPServer((host, port), Handler)
+        server = Server((host, port), Handler)
     except (OSError, OverflowError) as e:
         raise UserError(f"cannot serve at {host}:{port} ({e}); choose another port, --serve=PORT") from None
     server.model, server.enc, server.template, server.name, server.defaults = model, enc, template, name, defaults
@@ -499,6 +534,8 @@ def serve(address, model, enc, template, name, defaults):
     print(f"{name}: a page at http://{host}:{server.server_port}/, OpenAI's API below /v1; Ctrl-C ends", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
+    sys.stdout.flush()
+    os._exit(0)  # Python's own end aborts while a thread generates a text
 
 
 PAGE = r"""<!doctype html>
@@ -704,14 +741,14 @@ def parse_options():
     defaults = {k: v.default for k, v in inspect.signature(generate_text).parameters.items()}
     p.set_defaults(**{**defaults, "prompt": None, "stop": [], "max_new_tokens": 200})
     a = p.parse_args()
-    in_range = dict(
-        temperature=a.temperature == 0 or 1e-4 <= a.temperature < math.inf, top_k=a.top_k >= 0, top_p=0 < a.top_p <= 1,
-        seed=a.seed is None or 0 <= a.seed < 2**63)
-    for name, is_in_range in in_range.items():
-        if not is_in_range:
-            raise UserError(f"--{name}={getattr(a, name)} is out of range")
-    if "" in a.stop:
-        raise UserError("--stop must not be empty")
+    check_sampling(a.temperature, a.top_k, a.top_p, a.seed, a.stop)
+    jobs = [name for name in ("compare", "export", "perplexity", "serve", "prompt") if getattr(a, name)]
+    if len(jobs) > 1 and jobs != ["compare", "perplexity"]:
+        raise UserError(f"--{jobs[0]} and --{jobs[1]} cannot be combined")
+    if a.compare and a.ckpt:
+        raise UserError("--compare names its models itself; leave --ckpt out")
+    if a.num_samples > 1 and not a.prompt:
+        raise UserError("--num_samples needs a --prompt")
     owners = dict(split=a.perplexity, stride=a.perplexity, limit=a.perplexity or a.compare, task=a.compare,
                   data=a.compare)
     for name, owner in owners.items():
@@ -730,8 +767,8 @@ def main():
         raise UserError("--export writes float32, bfloat16 or float16")
     if a.export:  # always on the CPU, and in float32 unless --dtype says otherwise
         a.device, a.dtype = "cpu", "float32" if a.dtype == "auto" else a.dtype
-    is_scored = a.perplexity and not a.export
-    model, enc, known = load(a.ckpt, a.out_dir, a.device, hellaswag.weights_dtype(a.dtype) if is_scored else a.dtype)
+    model, enc, known = load(
+        a.ckpt, a.out_dir, a.device, hellaswag.weights_dtype(a.dtype) if a.perplexity else a.dtype)
     template = known.get("template")
     if a.export:
         export(model, enc, known, a.export)

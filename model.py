@@ -522,6 +522,8 @@ class GPT(nn.Module):
         Writes config.json and the weights of a Hugging Face GPT-2 or NanoChat with the same logits for every token in
         use. `eot` is the id of end-of-text; by default the last token in use.
         """
+        if any(isinstance(module, Int8Linear) for module in self.modules()):
+            raise UserError("a model of dtype int8 cannot be exported; load it in float32, bfloat16 or float16")
         config = export_config(self.cfg, self.cfg.n_tokens - 1 if eot is None else eot, self.lm_head.weight.dtype)
         weights = nanochat_weights(self) if config["model_type"] == "nanochat" else gpt2_weights(self)
         os.makedirs(folder, exist_ok=True)
@@ -954,6 +956,8 @@ def read_hugging_face(folder):
         return read_json(config), load_file(pickled)
     if os.path.exists(safe):
         raise UserError(f"{folder} is in safetensors format: pip install safetensors")
+    if glob.glob(os.path.join(glob.escape(folder), "*.index.json")):
+        raise UserError(f"{folder} has its weights in several files; save them in one, with max_shard_size='100GB'")
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
@@ -968,7 +972,8 @@ def check_vocabulary(folder, name):
         with reading(path, "a vocabulary of GPT-2's kind"):
             vocabulary = find(read_json(path))
             if any(vocabulary.get(text) != token for text, token in GPT2_SAMPLES.items()):
-                raise UserError(f"{name} has a vocabulary of its own, {file}; only GPT-2's is supported")
+                raise UserError(f"{name} has a vocabulary of its own, {file}; only GPT-2's is supported, and those of our "
+                                f"exports, if {TOKENIZER_SPEC} is there")
 
 
 def load_hugging_face(name):

@@ -3739,6 +3739,26 @@ def test_many_samples_of_one_seed_differ_and_repeat(workspace):
     assert len(set(a.split("---\n"))) == 20 and a == b
 
 
+def test_ctrl_c_at_the_prompt_does_not_end_a_session(monkeypatch, capsys):
+    def read(prompt):
+        line = lines.pop(0)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    lines = [KeyboardInterrupt(), "Once", EOFError()]
+    monkeypatch.setattr("builtins.input", read)
+    eval_script.interact(lambda chats: [[f"heard {chats[0][0][0]}"]], is_chat=False)
+    assert "heard Once" in capsys.readouterr().out and not lines
+
+
+def test_weights_in_several_files_are_refused_with_what_to_do(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="weights in several files; save them in one, with max_shard_size"):
+        GPT.from_pretrained(str(tmp_path))
+
+
 def interact(folder, text):
     command = [sys.executable, here("eval.py"), "--temperature=0", "--max_new_tokens=5"]
     return subprocess.run(command, input=text, text=True, capture_output=True, cwd=folder, timeout=60)
@@ -3851,6 +3871,27 @@ def test_a_served_chat_uses_the_models_template_and_all_turns(servers, workspace
     assert r["choices"][0]["message"] == dict(role="assistant", content=expected) and r["object"] == "chat.completion"
 
 
+def test_a_served_chat_takes_answers_that_were_empty_and_texts_in_parts(servers, workspace):
+    model, enc, known = eval_script.load(None, str(workspace / "chat/tuned"), "cpu", "float32")
+    turns = [("Hi", ""), ("Who is it?", None)]
+    expected = speak(model, enc, [dataset.prompt_tokens(enc, known["template"], turns)], 8)[0][0]
+    parts = [dict(type="text", text="Who is "), dict(type="text", text="it?")]
+    messages = [USER, dict(role="assistant", content=""), dict(role="user", content=parts)]
+    r = requests.post(f"{servers['tuned']}/v1/chat/completions", json=dict(model="tuned", messages=messages))
+    assert r.json()["choices"][0]["message"]["content"] == expected
+
+
+def test_a_server_is_ended_by_ctrl_c_while_it_generates(workspace):
+    options = ["--serve=0", "--device=cpu", "--temperature=2", "--top_k=0"]
+    process = start(here("eval.py"), *options, cwd=workspace / "runs/fp32", stdout=subprocess.PIPE)
+    address = re.search(r"a page at (\S+)/, ", process.stdout.readline())[1]
+    ask = dict(model="fp32", prompt="Once", max_tokens=10**6, stream=True, top_p=1.0)
+    with requests.post(f"{address}/v1/completions", json=ask, stream=True) as r:
+        next(r.iter_lines())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
 @needs_package("openai")
 def test_openais_client_is_served(servers, workspace):
     import openai
@@ -3958,6 +3999,34 @@ def test_a_long_chat_loses_its_oldest_turns_first(chat_runs, workspace):
     tokens = eval_script.chat_tokens(model, enc, known["template"], turns, system="Be kind.")
     (prompt, _), *_ = turns
     assert enc.decode(tokens).startswith(f"{EOT}User:\nBe kind.\n\n{prompt}"[:-1]) and len(tokens) <= 64
+
+
+@pytest.mark.parametrize("options", [
+    dict(temperature=-1), dict(temperature=math.nan), dict(top_p=0), dict(seed=-1), dict(stop=["a", ""])], ids=str)
+def test_generate_text_refuses_what_the_command_line_refuses(workspace, options):
+    with pytest.raises(UserError, match="out of range|must not be empty"):
+        eval_script.generate_text("Once", out_dir=str(workspace / "runs/fp32"), device="cpu", **options)
+
+
+def test_an_int8_model_cannot_be_saved_without_its_scales(workspace, tmp_path):
+    with pytest.raises(UserError, match="int8 cannot be exported"):
+        eval_script.load(str(workspace / CKPT), device="cpu", dtype="int8")[0].save_pretrained(str(tmp_path))
+    assert not os.listdir(tmp_path)
+
+
+def test_pairs_that_are_cut_are_reported_with_their_loss(workspace, tmp_path):
+    write_text(tmp_path / "p.jsonl", [json.dumps(dict(prompt="a", response="b " * n)) for n in (1, 99)])
+    model, enc, _ = eval_script.load(str(workspace / CKPT), device="cpu")
+    how = eval_script.measure(model, enc, str(tmp_path / "p.jsonl"))["how"]
+    assert "; 1 pairs are longer than the context and lose" in how
+
+
+def test_a_comparison_refuses_a_bad_model_before_it_measures_the_first(workspace, monkeypatch):
+    monkeypatch.setattr(eval_script, "measure", lambda *_, **__: pytest.fail("measured"))
+    for other, stride, problem in (("none.pt", None, "no checkpoint none.pt"), (CKPT, 999, "--stride=999 is more")):
+        with pytest.raises(UserError, match=problem):
+            names = [str(workspace / CKPT), other if stride is None else str(workspace / other)]
+            eval_script.compare(names, "t.txt", "val", stride, [], None, None, "cpu", "float32")
 
 
 def test_a_model_that_was_trained_beyond_its_best_validation_says_so(workspace, tmp_path):
@@ -5397,7 +5466,7 @@ MISTAKES = {
                                     "bad.jsonl, line 2: no response; without --strict"),
     "no good pair": ([*D, "--source=none.jsonl", "--tokenizer=byte"],
                      "none.jsonl holds no pairs; its first line: empty response"),
-    "pairs in one piece": (["train.py", "--recipe=sft", "--data=pairs.json"], "pairs.json is a single JSON value"),
+    "pairs in one piece": (["train.py", "--recipe=sft", "--data=pairs.json"], "pairs.json: .json files are not read"),
     "an option of text for pairs": ([*D, "--source=pairs.jsonl", "--splits=90/10"], "--splits does not apply to"),
     "strictness with a text": ([*TXT, "--strict"], "--strict does not apply to --source=t.txt"),
     "a server with a text": ([*TXT, "--endpoint=http://localhost/v1"], "--endpoint does not apply"),
@@ -5426,13 +5495,19 @@ MISTAKES = {
     "a model that is nowhere": (["eval.py", "--prompt=x", "--ckpt=/no/such/run"], "there is no /no/such/run"),
     "no checkpoint to speak": (["eval.py", "--prompt=x", "--out_dir=runs/none"], "has no checkpoint"),
     "a seed that is too large": ([*E, "--seed=99999999999999999999", "--prompt=x"], "is out of range"),
-    "a temperature below zero": ([*E, "--temperature=-1"], "--temperature=-1.0 is out of range"),
+    "a temperature below zero": ([*E, "--temperature=-1"], "temperature=-1.0 is out of range"),
     "a text of blank lines": ([*E, "--perplexity=blank.txt"], "has 0 tokens"),
     "shards of another vocabulary": (
         [*E, "--perplexity=data/foreign"], "token 60000, outside the model's vocabulary of 257"),
     "a folder in another tokenizer": ([*E, "--perplexity=data/bpe"], "data/bpe is in tokenizer bpe:300, which is not"),
     "a text that is not there": ([*E, "--perplexity=no.txt"], "there is no source 'no.txt'"),
     "a stride on pairs": ([*E, "--perplexity=bad.jsonl", "--stride=5"], "--stride does not apply to pairs"),
+    "two jobs": ([*E, "--prompt=x", "--perplexity=t.txt"], "--perplexity and --prompt cannot be combined"),
+    "a model beside those compared": (
+        ["eval.py", f"--ckpt={CKPT}", "--compare", CKPT], "--compare names its models itself"),
+    "samples of no prompt": ([*E, "--num_samples=2"], "--num_samples needs a --prompt"),
+    "a picture in the terminal": (["plot.py", "log.txt", "--term", "--dark"], "--term prints a chart, without"),
+    "a folder for a picture": (["plot.py", "log.txt", "--out=data"], "--out=data is a folder"),
     "a stride beyond the context": ([*E, "--perplexity=t.txt", "--stride=33"], "is more than the context of 32"),
     "parts of a whole model": ([*T, "--ckpt_shards"], "ckpt_shards needs --parallel=zero2 or zero3"),
     "a task without a comparison": ([*E, "--task=piqa"], "--task belongs to --compare"),
@@ -5469,7 +5544,7 @@ MISTAKES = {
         ["hellaswag.py", "--task=piqa,lambada", "--data=t.jsonl", "--out_dir=runs/fp32"], "name one --task"),
     "a task that is not known": (["hellaswag.py", "--task=piqa,arc"], "arc is none of hellaswag, "),
     "no examples at all": (["hellaswag.py", "--limit=0"], "0 must be at least 1"),
-    "a share of the probability above 1": ([*E, "--top_p=2", "--prompt=x"], "--top_p=2.0 is out of range"),
+    "a share of the probability above 1": ([*E, "--top_p=2", "--prompt=x"], "top_p=2.0 is out of range"),
     "no samples at all": ([*E, "--num_samples=0", "--prompt=x"], "0 must be at least 1"),
     "a folder as a log": (["plot.py", "data"], "cannot read data"),
     "a missing log": (["plot.py", "no.txt"], "cannot read no.txt"),
