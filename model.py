@@ -972,8 +972,8 @@ def check_vocabulary(folder, name):
         with reading(path, "a vocabulary of GPT-2's kind"):
             vocabulary = find(read_json(path))
             if any(vocabulary.get(text) != token for text, token in GPT2_SAMPLES.items()):
-                raise UserError(f"{name} has a vocabulary of its own, {file}; only GPT-2's is supported, and those of our "
-                                f"exports, if {TOKENIZER_SPEC} is there")
+                raise UserError(f"{name} has a vocabulary of its own, {file}; supported are GPT-2's and, with their "
+                                f"{TOKENIZER_SPEC}, those of our exports")
 
 
 def load_hugging_face(name):
