@@ -1660,7 +1660,7 @@ def print_summary(run, stopped, problem):
         if patience and best in paths and best != path:
             path, where = best, f" --ckpt={shlex.quote(best)}"
         print(f"{path}; to try it: python eval.py{where}")
-    else:
+    elif not ckpt_interval:
         print("no checkpoint was saved: ckpt_interval is 0")
     values = dict(val_loss=run["last_val"]["loss"], bpb=run["last_val"]["bpb"], hellaswag=run["hella"], usd=run["usd"])
     values = {name: value if math.isfinite(value) else None for name, value in values.items()}
