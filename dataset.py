@@ -959,9 +959,10 @@ def read_batches(sources, position, shares, max_bytes):
     """
     first_source, state, count, n_bytes = position
     for index in range(first_source, len(sources)):
-        size = 4 * sum(source.tokens for source in sources[:index + 1])  # bytes, of files
-        is_cut = max_bytes and max_bytes < size  # then the number of pieces is not known
-        n_pieces = 0 if is_cut else sources[index].n_pieces
+        # If the text may be cut, its pieces are not known. Text files take their size; other sizes are guesses.
+        size = 4 * sum(source.tokens for source in sources[:index + 1])
+        is_exact = all(source.n_pieces for source in sources[:index])
+        n_pieces = sources[index].n_pieces if not max_bytes or is_exact and size <= max_bytes else 0
         for pieces, state in sources[index].read(state):
             by_split = defaultdict(list)
             for text, begins in pieces:
@@ -1493,7 +1494,7 @@ def ask(session, url, body, prompt):
                 raise UserError(f"{url} has no model {body['model']}, or is not the server's address "
                                 f"(HTTP status {status})")
             if status >= 400:
-                reason = re.search(rb'"message": *"(.{1,200}?)"', content)
+                reason = re.search(rb'"message": *"([^"]{1,200})', content)
                 text = f" ({reason[1].decode(errors='replace')})" if reason else ""
                 return prompt, None, f"HTTP status {status}{text}", status in RETRY_STATUS
             choice = json.loads(content)["choices"][0]

@@ -475,8 +475,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 messages = [{**m, "content": join_text_parts(m.get("content"))} for m in request["messages"]]
                 system, messages = dataset.split_system([*messages, placeholder])
                 *turns, (prompt, _) = dataset.parse_messages(messages, answers_required=False)
-            except (AttributeError, LookupError, TypeError, ValueError) as e:
-                raise BadRequest(f"{e}; messages alternate between user and assistant, the last by user") from None
+            except ValueError as e:
+                raise BadRequest(f"{e}; the last message must be by user") from None
+            except (AttributeError, LookupError, TypeError):
+                raise BadRequest("messages must be a list of {role, content}, each content a text, or parts of type "
+                                 "text") from None
             return chat_tokens(server.model, server.enc, server.template, [*turns, (prompt, None)], system)
         if isinstance(prompt, list) and len(prompt) == 1:
             [prompt] = prompt

@@ -905,8 +905,8 @@ def open_model(name=None, out_dir=".", device="auto", dtype="auto"):
         model.quantize()
     about = f"{name}{step}, {n_parameters / 1e6:.1f}M parameters, {device.type}"
     best = known.get("run", {}).get("best", {}).get("step")
-    if known.get("train_config", {}).get("patience") and best != known["step"]:  # it stopped some validations later
-        about += f"; its validation loss was lowest at step {best}"
+    if known.get("train_config", {}).get("patience") and isinstance(best, int) and 0 <= best < known["step"]:
+        about += f"; the lowest validation loss so far was at step {best}"
     return model, {**known, "n_parameters": n_parameters, "about": about}
 
 
@@ -972,8 +972,8 @@ def check_vocabulary(folder, name):
         with reading(path, "a vocabulary of GPT-2's kind"):
             vocabulary = find(read_json(path))
             if any(vocabulary.get(text) != token for text, token in GPT2_SAMPLES.items()):
-                raise UserError(f"{name} has a vocabulary of its own, {file}; supported are GPT-2's and, with their "
-                                f"{TOKENIZER_SPEC}, those of our exports")
+                raise UserError(f"{name} has a vocabulary of its own, {file}, which cannot be read; only GPT-2's can, "
+                                f"and those of this project's exports, which have a {TOKENIZER_SPEC}")
 
 
 def load_hugging_face(name):

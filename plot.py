@@ -76,12 +76,13 @@ def read_header(text):
         header = json.loads(text)
         config = header["config"]
         tokens, price = float(config["total_batch_size"]), config.get("usd_per_gpu_hour", 0)
-        if not 0 < tokens < 2**53:
+        start = int(header.get("step", 2**53))
+        if not (0 < tokens < 2**53 and 0 <= start <= 2**53):
             return {}
         references = {str(k): float(v) for k, v in header.get("references", {}).items()}
         source = (str(header.get("recipe", "")), os.path.basename(str(config.get("data", ""))),
                   int(header.get("parameters", 0)))
-        return dict(source=source, start=int(header.get("step", 2**53)), tokens=tokens, minutes=1 / 60, hours=1 / 3600,
+        return dict(source=source, start=start, tokens=tokens, minutes=1 / 60, hours=1 / 3600,
                     FLOPs=tokens * float(header.get("flops_per_token", 0)),
                     dollars=float(header.get("world_size", 1)) * float(price) / 3600, references=references)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):

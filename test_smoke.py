@@ -2791,9 +2791,11 @@ def test_new_data_is_judged_by_itself_and_read_from_its_beginning(workspace, tmp
     write_text(tmp_path / "easy.txt", ["a cat sat on a mat. " * 2000])
     options = [*FAST, "--tokenizer=byte", f"--out_dir={tmp_path}"]
     run_ok(here("train.py"), *options, f"--data={tmp_path}/easy.txt", "--max_steps=20", cwd=tmp_path)
-    resume = ["--data=data/t", "--new_data", "--resume", "--patience=2", "--max_steps=30"]
+    before = (tmp_path / "checkpoints/model_000020.pt").read_bytes()
+    resume = ["--data=data/t", "--new_data", "--resume", "--patience=2", "--max_steps=30", "--keep=9"]
     r = run_ok(here("train.py"), *options, *resume, cwd=workspace)
     assert "done at step 30: " in r.stdout  # not out of patience, though the old text's loss was lower
+    assert (tmp_path / "checkpoints/model_000020.pt").read_bytes() == before
     ckpt = read_checkpoint(f"{tmp_path}/checkpoints/model_000030.pt")
     assert ckpt["run"]["best"]["step"] > 20 and ckpt["loader"]["position"] == 10 * 8
 
@@ -2801,7 +2803,7 @@ def test_new_data_is_judged_by_itself_and_read_from_its_beginning(workspace, tmp
 def test_a_run_says_if_its_warm_up_is_longer_than_itself(workspace, tmp_path):
     options = [*FAST, f"--out_dir={tmp_path}", "--max_steps=3"]
     r = run_ok(here("train.py"), *options, "--warmup_steps=30", cwd=workspace)
-    assert "warm-up: at least as long as the run, whose learning rate ends at 1.0e-03; lower" in r.stdout
+    assert "warm-up: takes the whole run, so the learning rate only reaches 1.0e-03; lower" in r.stdout
     assert "warm-up" not in run_ok(here("train.py"), *options, "--warmup_steps=2", cwd=workspace).stdout
 
 
@@ -4031,7 +4033,7 @@ def test_a_comparison_refuses_a_bad_model_before_it_measures_the_first(workspace
 
 def test_a_model_that_was_trained_beyond_its_best_validation_says_so(workspace, tmp_path):
     ckpt = read_checkpoint(find_checkpoints(workspace / "runs/pairs")[-1])
-    for best, text in ((ckpt["step"], "cpu"), (7, "; its validation loss was lowest at step 7")):
+    for best, text in ((ckpt["step"], "cpu"), (7, "; the lowest validation loss so far was at step 7")):
         ckpt["run"]["best"]["step"] = best
         torch.save(ckpt, tmp_path / "model.pt")
         assert model_file.open_model(str(tmp_path / "model.pt"), device="cpu")[1]["about"].endswith(text)
@@ -5388,8 +5390,8 @@ MISTAKES = {
     "a number out of range": ([*T, "--keep=0"], "keep=0 is below 1"),
     "two lengths": ([*T, "--max_minutes=1"], "max_steps and epochs cannot be combined"),
     "steps and epochs": ([*T, "--epochs=1"], "max_steps and epochs cannot be combined"),
-    "a profile in no folder": ([*T, "--profile=none/trace.json"], "--profile=none/trace.json must be a new file in a"),
-    "a folder for a profile": ([*T, "--profile=data"], "--profile=data must be a new file"),
+    "a profile in no folder": ([*T, "--profile=none/trace.json"], "--profile=none/trace.json must name a file, in a"),
+    "a folder for a profile": ([*T, "--profile=data"], "--profile=data must name a file"),
     "a temperature of no teacher": ([*T, "--distill_temperature=2"], "distill_temperature is for a teacher"),
     "patience without a val split": ([*T, "--data=data/noval", "--patience=2"], "needs validation, but data/noval has"),
     "a damaged test split": ([*T, "--data=data/badtest"], "test_000000.bin is damaged"),

@@ -323,7 +323,7 @@ def configure(argv):
     if (used := [k for k in ("distill_alpha", "distill_temperature") if k in asked]) and not settings["teacher"]:
         raise UserError(f"{used[0]} is for a teacher; name one with --teacher")
     if not os.path.isdir(os.path.dirname(settings["profile"]) or ".") or os.path.isdir(settings["profile"]):
-        raise UserError(f"--profile={settings['profile']} must be a new file in a folder that exists")
+        raise UserError(f"--profile={settings['profile']} must name a file, in a folder that exists")
     if re.fullmatch(r"[1-9]\d*", settings["bench"]):
         settings.update({k: 0 for k in settings if k.endswith("_interval")})
         settings.update(max_steps=int(settings["bench"]), max_minutes=0.0, patience=0)
@@ -1364,7 +1364,8 @@ def prepare_out_dir(run, ckpt):
         old = [log] if os.path.exists(log) else []
         old += [checkpoints] if os.listdir(checkpoints) else []
     for path in old:
-        path = os.path.realpath(path) if os.path.islink(path) else path  # a link to a larger disk stays
+        if os.path.islink(path) and not resumes_here:
+            path = os.path.realpath(path)  # a link to a larger disk stays
         (stem, ending), number = os.path.splitext(path), 1
         while os.path.exists(f"{stem}.{number}{ending}"):
             number += 1
@@ -1410,22 +1411,22 @@ def start_wandb(run, config):
 def describe(model, world_size, sequences, n_rows, begin, device_name):
     cfg, (step, position) = model.cfg, begin
     rows = position + (max_steps - step) * sequences * world_size  # at the end, also if a resumed run changes the batch
-    tokens = rows * block_size
+    tokens, since = rows * block_size, f" (from step {step:,})" if step and not position else ""
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, context {cfg.block_size}, "
           f"vocabulary {cfg.vocab_size:,}")
     print("parameters: " + ", ".join(f"{k} {v:,}" for k, v in model.param_counts().items()))
     print(f"batch: {total_batch_size:,} tokens = {world_size} process{'es' if world_size > 1 else ''} x {sequences} "
           f"sequences x {block_size} tokens")
     passes = f" = {rows / n_rows:.2f} epochs" if n_rows else ""
-    length = f"{max_steps:,} steps = {tokens:,} tokens{passes}, {model.flops_per_token() * tokens:.2e} FLOPs"
+    length = f"{max_steps:,} steps = {tokens:,} tokens{since}{passes}, {model.flops_per_token() * tokens:.2e} FLOPs"
     if not max_steps:
         length = f"{epochs:g} epochs; the steps are known once the data is prepared"
     if max_minutes:
         length = f"{max_minutes:g} minutes of training"
     print(f"run: {length}")
     if 0 < max_steps <= warmup_steps:
-        print(f"warm-up: at least as long as the run, whose learning rate ends at {get_lr(max_steps - 1):.1e}; lower "
-              "--warmup_steps, or --total_batch_size for more steps")
+        print(f"warm-up: takes the whole run, so the learning rate only reaches {get_lr(max_steps - 1):.1e}; lower "
+              "--warmup_steps")
     print(f"device: {device_name}", flush=True)
 
 
@@ -1698,7 +1699,8 @@ if __name__ == "__main__":
         under_torchrun = "MASTER_ADDR" in os.environ and world_size > 1
         network = measure_network(pick_device(device, local_rank), rank, world_size) if under_torchrun else None
         if is_main or not under_torchrun:
-            print_plan(world_size, sequences, raw_model, spec, begin_of(ckpt), network)
+            step, position = begin_of(ckpt)
+            print_plan(world_size, sequences, raw_model, spec, (step, 0 if new_data else position), network)
         end_process(0)
     device = pick_device(device, local_rank)  # a torch.device from here on
     if world_size > 1:
@@ -1815,12 +1817,14 @@ if __name__ == "__main__":
         run["step"] = step
         if max_minutes:
             max_steps = steps_in_time(run, times, device)
-        has_changed = step > first_step or not run["evaluated"]  # since the checkpoint resumed from
+        # since the checkpoint resumed from, which new data is no reason to overwrite
+        has_changed = step > first_step or not (run["evaluated"] or new_data)
         if not run["evaluated"] and not stop:
             with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
                 run["evaluated"] = evaluate(run, B=loader.B, **evaluation)
             stop = not run["evaluated"]
-        checkpoint_due = (step > 0 and has_changed and is_due(ckpt_interval, run)) or (patience and is_new_best(run))
+        checkpoint_due = has_changed and (
+            step > 0 and is_due(ckpt_interval, run) or patience and is_new_best(run))
         if not bench and (stop or checkpoint_due):
             saver.save(run, constants, raw_model, optimizers, scaler, loader)
         if stop or is_last(run):
