@@ -42,7 +42,7 @@ import dataset
 import hellaswag
 from data_loader import DataLoader, Pairs, find_shards
 from dataset import UserError
-from model import newest_checkpoint, open_model, pick_dtype
+from model import find_model, open_model, pick_dtype
 
 SAMPLES_AT_ONCE = 16
 
@@ -117,11 +117,9 @@ def check_sampling(temperature, top_k, top_p, seed, stop):
 def generate_text(prompt="", max_new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=None, stop=(), ckpt=None,
                   out_dir=".", device="auto", dtype="auto"):
     """-> the prompt and its continuation; from a model fine-tuned on pairs, only the response"""
-    name = ckpt or out_dir
-    if os.path.isdir(os.path.join(name, "checkpoints")) or not ckpt:
-        name = newest_checkpoint(name)  # a newer one may have come since the last call
     check_sampling(temperature, top_k or 0, 1 if top_p is None else top_p, seed, stop or ())
-    model, enc, known = load_cached(name, out_dir, device, dataset.dtype_name(dtype))
+    path = find_model(ckpt, out_dir)  # of a folder the newest, which may not be that of the last call
+    model, enc, known = load_cached(path, out_dir, device, dataset.dtype_name(dtype))
     template = known.get("template")
     tokens = dataset.prompt_tokens(enc, template, [(prompt, None)])
     generator = make_generator(model, seed)
@@ -473,10 +471,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 placeholder = dict(role="assistant", content="-")  # parse_messages drops a question without an answer
                 messages = [{**m, "content": join_text_parts(m.get("content"))} for m in request["messages"]]
+                if messages[-1]["role"] != "user":
+                    raise ValueError("the last message is not the user's")
                 system, messages = dataset.split_system([*messages, placeholder])
                 *turns, (prompt, _) = dataset.parse_messages(messages, answers_required=False)
             except ValueError as e:
-                raise BadRequest(f"{e}; the last message must be by user") from None
+                raise BadRequest(str(e)) from None
             except (AttributeError, LookupError, TypeError):
                 raise BadRequest("messages must be a list of {role, content}, each content a text, or parts of type "
                                  "text") from None

@@ -721,6 +721,13 @@ def newest_checkpoint(out_dir):
                     "one with --ckpt")
 
 
+def find_model(name, out_dir="."):
+    """What a model is loaded from: of a run's folder, or of out_dir if there is no name, the newest checkpoint"""
+    if not name:
+        return newest_checkpoint(out_dir)
+    return newest_checkpoint(name) if os.path.isdir(os.path.join(name, "checkpoints")) else name
+
+
 class ForeignConfig:
     """Stands in for the class GPTConfig in build-nanogpt's checkpoints: its fields, without its code"""
 
@@ -866,8 +873,7 @@ def load_checkpoint(name, device="cpu"):
     """
     if os.path.isdir(name):
         name = os.path.normpath(name)  # without the slash that a shell adds when it completes a name
-    if os.path.isdir(os.path.join(name, "checkpoints")):
-        name = newest_checkpoint(name)
+    name = find_model(name)
     if os.path.isfile(name) or name.endswith(".pt"):
         rest = read_checkpoint(name)
         if "version" not in rest:

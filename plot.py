@@ -103,19 +103,20 @@ def step_converter(kind, streams, headers):
     """-> a function from steps to tokens, hours, ..., or None if the log does not say enough"""
     if kind == "step":
         return lambda step: step
-    if not headers or not all(header[kind] for header in headers):
+    if not any(header[kind] for header in headers):
         return None
     import numpy as np
     starts = [header["start"] for header in headers[1:]]  # a resumed run may have another batch or price
+    # Spans of equal steps: (the step after the last, what header[kind] is multiplied by for each: 1, or its seconds)
     if kind in ("tokens", "FLOPs"):
         last = max([0, *starts, *itertools.chain(*streams.values())])
-        spans = [(end, 1) for end in [*starts, last + 1]]  # the end of each, and what a step of it is multiplied by
+        spans = [(end, 1) for end in [*starts, last + 1]]
     else:
         spans = [(step + 1, fields.get("ms", 0) / 1000) for step, (_, fields) in sorted(streams["train"].items())]
     steps, totals = [0], [0.0]
-    for end, amount in spans:
+    for end, factor in spans:
         header = headers[bisect.bisect_right(starts, end - 1)]
-        totals.append(totals[-1] + header[kind] * amount * (end - steps[-1]))
+        totals.append(totals[-1] + header[kind] * factor * (end - steps[-1]))
         steps.append(end)
     return lambda step: np.interp(step, steps, totals)
 

@@ -4300,11 +4300,11 @@ def test_a_step_is_drawn_at_its_tokens_hours_or_dollars(tmp_path, kind, expected
 
 
 @pytest.mark.parametrize("kind, expected", [
-    ("tokens", [0, 8, 16, 32, 48]), ("FLOPs", [0, 800, 1600, 3200, 4800]), ("dollars", [0, 2, 4, 12, 20])])
+    ("tokens", [0, 8, 16, 32, 48]), ("FLOPs", [0, 800, 1600, 3200, 4800]), ("dollars", [0, 0, 0, 8, 16])])
 def test_a_resumed_run_is_drawn_with_the_settings_of_each_part(tmp_path, kind, expected):
     text = ""
     for start, world_size, batch in ((0, 1, 8), (2, 4, 16)):
-        header = dict(step=start, config=dict(total_batch_size=batch, usd_per_gpu_hour=2.0), world_size=world_size,
+        header = dict(step=start, config=dict(total_batch_size=batch, usd_per_gpu_hour=start), world_size=world_size,
                       flops_per_token=100)
         records = "".join(f"{step} train 5.0 ms=3600000\n" for step in (start, start + 1))
         text += f"# {json.dumps(header)}\n{records}"

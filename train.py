@@ -128,6 +128,7 @@ ALLOWED = {
     "optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "dtype": ("auto", "float32", "bfloat16", "float16"),
     "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2", "zero3"),
     "reduce_dtype": ("float32", "bfloat16"), **CHOICES}
+WITHOUT_VALUE = {"resume": "newest", "compile": "true"}  # these options of text may stand alone
 BELOW_ONE = (0, 1 - 1e-9)
 # Allowed ranges. Of options that are not listed: 0 to 2**63 - 1 for integers, 0 to infinity for floats
 LIMITS = {
@@ -235,12 +236,11 @@ def make_parser():
     convert = {bool: boolean, int: dataset.integer, float: number, str: str}
     convert_by_name = {"recipe": str.lower, "dtype": dataset.dtype_name,
                        "resume": lambda text: {"true": "newest", "false": ""}.get(text, text)}
-    without_value = {"resume": "newest", "compile": "true"}
     for name, default in SETTINGS.items():
         options = dict(type=convert_by_name.get(name, convert[type(default)]), choices=ALLOWED.get(name),
                        metavar=type(default).__name__.upper())
-        if isinstance(default, bool) or name in without_value:
-            options.update(nargs="?", const=without_value.get(name, True))
+        if isinstance(default, bool) or name in WITHOUT_VALUE:
+            options.update(nargs="?", const=WITHOUT_VALUE.get(name, True))
         comment = comments.get(name, "").replace("%", "%%")
         parser.add_argument(f"--{name}", help=f"{comment} (default: {default!r})", **options)
     return parser
@@ -261,7 +261,7 @@ def parse_values(parser, values, source):
     """A dict from a file, through the same conversion and checks as the command line"""
     try:
         for name, value in values.items():
-            is_text = isinstance(SETTINGS.get(name), str) and name not in ("resume", "compile")
+            is_text = isinstance(SETTINGS.get(name), str) and name not in WITHOUT_VALUE
             if not isinstance(value, (bool, int, float, str)) or isinstance(value, bool) and is_text:
                 raise UserError(f"{name} is of type {type(value).__name__}")
         texts = {k: str(v).lower() if isinstance(v, bool) else v for k, v in values.items()}
@@ -781,7 +781,7 @@ def open_held_out(source, options):
             loaders[split] = DataLoader(source, split, 1, block_size, **options)
         except NoSplit as e:
             if split == "val" and patience:
-                raise UserError(f"patience needs validation, but {e}; --patience=0 does without") from None
+                raise UserError(f"patience needs validation, but {e}; --patience=0 trains without it") from None
             if split == "val" and val_interval and options["rank"] == 0:
                 print(f"no validation loss: {e}")
     return loaders
