@@ -1286,7 +1286,7 @@ def begin_of(ckpt):
 
 
 def forget_data(ckpt):
-    """With --new_data: what a run has measured on other data, and its position in it, mean nothing now."""
+    """With --new_data: the losses measured on the old data, and the position in it, no longer apply."""
     fresh = new_run()
     ckpt["run"].update({name: fresh[name] for name in ("evaluated", "last_val", "best", "stale", "recent")})
     ckpt["loader"]["position"] = 0
