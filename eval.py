@@ -643,16 +643,18 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=Tru
 """
 
 
-def model_card(model, known):
+def model_card(n_parameters, known):
     """The README.md of an export: what the checkpoint says about how the model was trained"""
     settings, run = known.get("train_config", {}), known.get("run", {})
     last_val = run.get("last_val", {})
+    loss = f"validation loss at step {last_val.get('step')}, "
     facts = {
-        "parameters": model.param_counts()["total"], "recipe": settings.get("recipe"),
+        "parameters": n_parameters, "recipe": settings.get("recipe"),
         "data": os.path.basename(str(settings.get("data", ""))) or None,
         "steps": known.get("step"), "tokens": run.get("tokens"), "seconds of training": run.get("seconds"),
-        "cost in dollars": run.get("usd") or None, "validation loss, nats per token": last_val.get("loss"),
-        "validation loss, bits per byte": last_val.get("bpb"), "HellaSwag, acc_norm by token": run.get("hella")}
+        "cost in dollars": run.get("usd") or None, f"{loss}nats per token": last_val.get("loss"),
+        f"{loss}bits per byte": last_val.get("bpb"),
+        f"HellaSwag at step {run.get('hella_step')}, acc_norm by token": run.get("hella")}
     lines = []
     for name, value in facts.items():
         if isinstance(value, (int, float)):
@@ -703,9 +705,9 @@ def export(model, enc, known, folder):
     if template:
         chat = CHAT_TEMPLATE.replace("USER", json.dumps(template["user"]))
         settings["chat_template"] = chat.replace("ASSISTANT", json.dumps(template["assistant"]))
-    card = model_card(model, known).encode()
     try:
-        model.save_pretrained(folder, enc.eot_token)
+        n_parameters = model.save_pretrained(folder, enc.eot_token)
+        card = model_card(n_parameters, known).encode()
         dataset.write_json(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer(enc))
         dataset.write_json(os.path.join(folder, "tokenizer_config.json"), settings)
         dataset.write_json(os.path.join(folder, dataset.TOKENIZER_SPEC), dict(

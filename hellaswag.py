@@ -245,8 +245,12 @@ def encode(examples, enc, block_size):
     """Each example as (context, endings, bytes of each ending without its leading space, label)"""
     if block_size < 2:
         raise UserError("to judge endings, a model needs a context of at least two tokens")
-    return [(*split_example(e, enc, block_size), [len(text.encode()) for text in e["endings"]], int(e["label"]))
-            for e in examples]
+    encoded = []
+    for example in examples:
+        context, endings = split_example(example, enc, block_size)
+        n_bytes = [len(enc.decode_bytes(ending)) - 1 for ending in endings]  # as far as they fit into the context
+        encoded.append((context, endings, n_bytes, int(example["label"])))
+    return encoded
 
 
 def batch_tokens(device):

@@ -520,7 +520,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, eot=None):
         """
         Writes config.json and the weights of a Hugging Face GPT-2 or NanoChat with the same logits for every token in
-        use. `eot` is the id of end-of-text; by default the last token in use.
+        use. `eot` is the id of end-of-text; by default the last token in use.  -> how many parameters that model has
         """
         if any(isinstance(module, Int8Linear) for module in self.modules()):
             raise UserError("a model of dtype int8 cannot be exported; load it in float32, bfloat16 or float16")
@@ -534,6 +534,7 @@ class GPT(nn.Module):
             write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(content))
         else:
             write_atomically(os.path.join(folder, "pytorch_model.bin"), lambda f: torch.save(weights, f))
+        return sum(weight.numel() for weight in weights.values())
 
     @classmethod
     def from_pretrained(cls, name):

@@ -10,7 +10,6 @@ A log has one record a line, `step stream value key=value ...`. Its first three 
 project's logs can be drawn as well.
 """
 import argparse
-import bisect
 import itertools
 import json
 import math
@@ -24,6 +23,8 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
          "text.parse_math": False}
 DARK = {"figure.facecolor": "#161616", "axes.facecolor": "#161616", "grid.color": "#333333", **dict.fromkeys(
     ["text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], "#dddddd")}
+# What a record's total of seconds or dollars is divided by, for an x axis of this kind
+PER_UNIT = {"minutes": ("seconds", 60), "hours": ("seconds", 3600), "dollars": ("usd", 1)}
 # To compare with: validation losses of runs on two CPU cores, {(recipe, data, parameters): {tokens: loss}}
 TYPICAL = {
     ("tiny", "input.txt", 1_311_872): {
@@ -68,23 +69,19 @@ def read_log(path):
 
 
 def read_header(text):
-    """
-    -> how much of each kind of x axis one step (tokens, FLOPs) or one second (minutes, hours, dollars) adds, and what
-    to compare the run with; {} if the header is not valid
-    """
+    """-> how many tokens and FLOPs a step takes, and what to compare the run with; {} if the header is not valid"""
     try:
         header = json.loads(text)
         config = header["config"]
-        tokens, price = float(config["total_batch_size"]), config.get("usd_per_gpu_hour", 0)
+        tokens = float(config["total_batch_size"])
         start = int(header.get("step", 2**53))
         if not (0 < tokens < 2**53 and 0 <= start <= 2**53):
             return {}
         references = {str(k): float(v) for k, v in header.get("references", {}).items()}
         source = (str(header.get("recipe", "")), os.path.basename(str(config.get("data", ""))),
                   int(header.get("parameters", 0)))
-        return dict(source=source, start=start, tokens=tokens, minutes=1 / 60, hours=1 / 3600,
-                    FLOPs=tokens * float(header.get("flops_per_token", 0)),
-                    dollars=float(header.get("world_size", 1)) * float(price) / 3600, references=references)
+        return dict(source=source, start=start, tokens=tokens, references=references,
+                    FLOPs=tokens * float(header.get("flops_per_token", 0)))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
@@ -103,21 +100,23 @@ def step_converter(kind, streams, headers):
     """-> a function from steps to tokens, hours, ..., or None if the log does not say enough"""
     if kind == "step":
         return lambda step: step
-    if not any(header[kind] for header in headers):
+    steps, totals = [0], [0.0]  # after so many steps, so many tokens, hours, ...
+    if kind in PER_UNIT:
+        key, per_unit = PER_UNIT[kind]
+        # A record of training includes its own step; the others come before theirs.
+        points = {step + (stream == "train"): fields.get(key, 0) / per_unit for stream, records in streams.items()
+                  for step, (_, fields) in records.items()}
+        steps += sorted(points)
+        totals += [points[step] for step in sorted(points)]
+    elif any(header[kind] for header in headers):
+        last = max([0, *itertools.chain(*streams.values())])
+        ends = [header["start"] for header in headers[1:]]  # a resumed run may have another batch
+        for header, end in zip(headers, [*ends, last + 1]):
+            totals.append(totals[-1] + header[kind] * (end - steps[-1]))
+            steps.append(end)
+    if not any(totals):
         return None
     import numpy as np
-    starts = [header["start"] for header in headers[1:]]  # a resumed run may have another batch or price
-    # Spans of equal steps: (the step after the last, what header[kind] is multiplied by for each: 1, or its seconds)
-    if kind in ("tokens", "FLOPs"):
-        last = max([0, *starts, *itertools.chain(*streams.values())])
-        spans = [(end, 1) for end in [*starts, last + 1]]
-    else:
-        spans = [(step + 1, fields.get("ms", 0) / 1000) for step, (_, fields) in sorted(streams["train"].items())]
-    steps, totals = [0], [0.0]
-    for end, factor in spans:
-        header = headers[bisect.bisect_right(starts, end - 1)]
-        totals.append(totals[-1] + header[kind] * factor * (end - steps[-1]))
-        steps.append(end)
     return lambda step: np.interp(step, steps, totals)
 
 

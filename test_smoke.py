@@ -675,7 +675,7 @@ def test_eval_exports_what_eval_and_transformers_read(workspace, tmp_path):
     assert greedy(f"{tmp_path}/hf") == text != ""
     card, run = (tmp_path / "hf/README.md").read_text(), read_checkpoint(str(workspace / ckpt))["run"]
     assert f"- data: t\n- steps: 30\n- tokens: {run['tokens']:,}\n" in card and "nan" not in card
-    assert f"- validation loss, nats per token: {run['last_val']['loss']:.5g}\n" in card
+    assert f"- validation loss at step 30, nats per token: {run['last_val']['loss']:.5g}\n" in card
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     idx = torch.tensor([[tokenizer.bos_token_id] + tokenizer("Once")["input_ids"]])
@@ -2255,7 +2255,7 @@ def records(folder):
         for line in f:
             if line[0] != "#" and line.endswith("\n"):
                 step, stream, *rest = line.split()
-                rest = [r for r in rest if r.split("=")[0] not in ("ms", "steps_s", "tok_s", "mfu", "usd")]
+                rest = [r for r in rest if r.split("=")[0] not in ("ms", "steps_s", "tok_s", "mfu", "seconds", "usd")]
                 out[stream, int(step)] = " ".join([step, stream, *rest])
     return out
 
@@ -3079,8 +3079,10 @@ def test_the_hellaswag_score_of_a_run_is_that_by_token(monkeypatch):
     set_globals(monkeypatch, val_interval=0, sample_interval=0, hella_interval=1, max_steps=9)
     monkeypatch.setattr(hellaswag, "score", lambda *args: (1, 2, 3, 0, 0, 4))  # right: plain, by token, by byte
     run, logged = train.new_run(), {}
-    log = argparse.Namespace(record=lambda step, stream, value, text, **fields: logged.update(fields, value=value))
-    assert train.evaluate(run, log, GPT(small()), {}, None, [EXAMPLE], None, None, 1, 0, 1) and run["hella"] == 0.5
+    log = argparse.Namespace(record=lambda stream, value, text, **fields: logged.update(fields, value=value))
+    run["step"] = 7
+    assert train.evaluate(run, log, GPT(small()), {}, None, [EXAMPLE], None, None, 1, 0, 1)
+    assert (run["hella"], run["hella_step"]) == (0.5, 7)
     assert logged == dict(value=0.5, acc="0.2500", by_byte="0.7500", examples=4)
 
 
@@ -3447,6 +3449,20 @@ def test_a_dry_run_knows_shards_without_a_manifest_and_what_a_resumed_run_has_re
     r = run_ok(here("train.py"), "--resume=runs/fp32", "--data=data/t", "--total_batch_size=512", "--max_steps=40",
                "--dry_run", cwd=workspace)
     assert f"40 steps = {30 * 256 + 10 * 512:,} tokens = " in r.stdout
+
+
+def test_a_dry_run_counts_all_splits_of_the_data_and_says_that_a_teacher_is_not_counted(workspace, tmp_path):
+    tokens = sum(shard["tokens"] for shard in dataset.read_manifest(str(workspace / "data/t"))["shards"])
+    for name, size in (("t", 2 * tokens), ("tinystories", 2 * 470e6)):
+        options = [f"--data={workspace}/data/{name}", "--teacher=gpt2-xl", "--dry_run"]
+        r = run_ok(here("train.py"), *FAST[1:6], *options, cwd=tmp_path)
+        assert float(re.search(r"the data, (\S+) GiB", r.stdout)[1]) == pytest.approx(size / 2**30, abs=0.006)
+        assert "what gpt2-xl takes of time and memory is not included" in r.stdout
+
+
+def test_one_and_a_tenth_epochs_of_a_hundred_rows_are_eleven_steps_of_ten(monkeypatch):
+    set_globals(monkeypatch, max_steps=0, max_minutes=0.0, epochs=1.1)
+    assert train.count_steps(100, 10) == 11 and train.count_steps(101, 10) == 12
 
 
 def test_a_dry_run_under_torchrun_names_the_machines_and_times_their_network(tmp_path):
@@ -4265,6 +4281,8 @@ def test_a_long_hellaswag_example_loses_the_beginning_of_its_context():
     example = {"ctx": "x" * 50 + "yz", "label": "0", "endings": ["a", "bc", "d" * 9, "e" * 40]}
     context, endings = hellaswag.split_example(example, get_tokenizer("byte"), block_size=16)
     assert bytes(context) == b"z" and [len(e) for e in endings] == [2, 3, 10, 16] and bytes(endings[1]) == b" bc"
+    [(*_, n_bytes, _)] = hellaswag.encode([example], get_tokenizer("byte"), block_size=16)
+    assert n_bytes == [1, 2, 9, 15]  # of the last ending, those that are judged
 
 
 @needs_gpt2
@@ -4284,16 +4302,15 @@ def test_a_log_is_read_with_the_last_line_of_a_step_winning(tmp_path):
     streams, [header] = plot.read_log(str(tmp_path / "log.txt"))
     assert streams == {"train": {0: (5.0, {"lr": 1e-3}), 1: (4.5, {"lr": 3e-3})}, "val": {0: (5.5, {})},
                        "hella": {1: (0.25, {})}, "test": {}}
-    assert header == {"tokens": 8, "FLOPs": 0, "minutes": 1 / 60, "hours": 1 / 3600, "dollars": 0, "references": {},
-                      "source": ("", "", 0), "start": 2**53}
+    assert header == {"tokens": 8, "FLOPs": 0, "references": {}, "source": ("", "", 0), "start": 2**53}
 
 
 @pytest.mark.parametrize("kind, expected", [
     ("step", [0, 1, 2, 3]), ("tokens", [0, 8, 16, 24]), ("FLOPs", [0, 800, 1600, 2400]), ("hours", [0, 2, 4, 5]),
     ("minutes", [0, 120, 240, 300]), ("dollars", [0, 12, 24, 30])])
 def test_a_step_is_drawn_at_its_tokens_hours_or_dollars(tmp_path, kind, expected):
-    header = dict(config=dict(total_batch_size=8, usd_per_gpu_hour=3.0), world_size=2, flops_per_token=100)
-    records = "1 train 5.0 ms=7200000\n2 train 4.0 ms=3600000\n"  # two steps of two hours, one of an hour
+    header = dict(config=dict(total_batch_size=8), flops_per_token=100)
+    records = "1 train 5.0 seconds=14400 usd=24\n3 val 4.0 seconds=18000 usd=30\n"  # after two steps, and after three
     (tmp_path / "log.txt").write_text(f"# {json.dumps(header)}\n{records}")
     to_x = plot.step_converter(kind, *plot.read_log(str(tmp_path / "log.txt")))
     assert [to_x(step) for step in range(4)] == pytest.approx(expected)
@@ -4303,14 +4320,23 @@ def test_a_step_is_drawn_at_its_tokens_hours_or_dollars(tmp_path, kind, expected
     ("tokens", [0, 8, 16, 32, 48]), ("FLOPs", [0, 800, 1600, 3200, 4800]), ("dollars", [0, 0, 0, 8, 16])])
 def test_a_resumed_run_is_drawn_with_the_settings_of_each_part(tmp_path, kind, expected):
     text = ""
-    for start, world_size, batch in ((0, 1, 8), (2, 4, 16)):
-        header = dict(step=start, config=dict(total_batch_size=batch, usd_per_gpu_hour=start), world_size=world_size,
-                      flops_per_token=100)
-        records = "".join(f"{step} train 5.0 ms=3600000\n" for step in (start, start + 1))
-        text += f"# {json.dumps(header)}\n{records}"
+    for start, batch in ((0, 8), (2, 16)):
+        header = dict(step=start, config=dict(total_batch_size=batch), flops_per_token=100)
+        usd = [f" usd={8 * n}" if start else "" for n in (1, 2)]  # a price only for the second part
+        text += f"# {json.dumps(header)}\n{start} train 5.0{usd[0]}\n{start + 1} train 5.0{usd[1]}\n"
     (tmp_path / "log.txt").write_text(text)
     to_x = plot.step_converter(kind, *plot.read_log(str(tmp_path / "log.txt")))
     assert [to_x(step) for step in range(5)] == pytest.approx(expected)
+
+
+def test_the_last_validation_is_drawn_at_the_seconds_of_the_summary_though_steps_are_seldom_logged(workspace, tmp_path):
+    options = [*FAST, "--val_interval=4", "--log_interval=20", f"--out_dir={tmp_path}"]
+    run_ok(here("train.py"), *options, "--max_steps=10", cwd=workspace)
+    r = run_ok(here("train.py"), *options, "--max_steps=18", "--resume", cwd=workspace)
+    to_x = plot.step_converter("minutes", *plot.read_log(str(tmp_path / "log.txt")))
+    x = to_x([0, 4, 8, 12, 16, 18])
+    assert x[-1] == pytest.approx(json.loads(r.stdout.splitlines()[-1])["seconds"] / 60, abs=0.06 / 60)
+    assert x[0] == 0 and (np.diff(x) > 0).all()
 
 
 def test_a_name_is_drawn_as_it_is(tmp_path):
@@ -4418,8 +4444,8 @@ def test_a_typical_run_of_the_same_recipe_is_drawn_behind(tmp_path, runs, x, las
 
 
 @pytest.mark.parametrize("tokens, record", [
-    (1e308, "1 train 5.0"), (-5, "1 train 5.0"), (0, "1 train 5.0"), (1024, "1 train 5.0 ms=nan"),
-    (1024, "1 train 5.0 ms=-1e9"), (1024, "1 train 1e308\n2 train -1e308")], ids=str)
+    (1e308, "1 train 5.0"), (-5, "1 train 5.0"), (0, "1 train 5.0"), (1024, "1 train 5.0 seconds=nan"),
+    (1024, "1 train 5.0 seconds=-1e9"), (1024, "1 train 1e308\n2 train -1e308")], ids=str)
 @pytest.mark.parametrize("kind", ["step", "tokens", "hours"])
 def test_a_chart_of_strange_numbers_is_drawn_or_refused(tmp_path, capsys, tokens, record, kind):
     (tmp_path / "log.txt").write_text(f'# {{"recipe": "tiny", "config": {{"total_batch_size": {tokens}}}}}\n{record}\n')

@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import glob
 import inspect
 import itertools
 import json
@@ -434,7 +435,8 @@ def count_steps(n_rows, sequences, step=0, position=0):
         return 0
     if not max_steps and not epochs:
         raise UserError("max_steps and epochs are both 0; set one")
-    return max_steps or step + max(0, math.ceil((epochs * n_rows - position) / sequences))
+    steps_left = round((epochs * n_rows - position) / sequences, 6)  # 1.1 epochs of 100 rows are 110.00000000000001
+    return max_steps or step + max(0, math.ceil(steps_left))
 
 
 def steps_in_time(run, times, device):
@@ -1139,7 +1141,7 @@ def new_run():
         step=0, evaluated=False,  # whether this step has been evaluated
         last_val=dict(step=-1, loss=math.inf, bpb=math.nan), best=dict(step=-1, loss=math.inf, bpb=math.nan),
         stale=0,  # validations since the best
-        hella=math.nan,  # last HellaSwag score
+        hella=math.nan, hella_step=-1,  # last HellaSwag score
         recent=[],  # (loss, norm) of the last steps
         skipped=0,  # steps in a row until now
         seconds=0.0, usd=0.0, tokens=0, wandb_id=None)
@@ -1321,7 +1323,7 @@ class Log:
     """Sends each record to the terminal, to log.txt and, if asked, to Weights & Biases."""
 
     def __init__(self, run, ckpt, header):
-        self.path = os.path.join(out_dir, "log.txt")
+        self.run, self.path = run, os.path.join(out_dir, "log.txt")
         try:
             os.makedirs(os.path.join(out_dir, "checkpoints"), exist_ok=True)
             self.lock = filelock.FileLock(os.path.join(out_dir, ".lock"))  # a killed process loses it
@@ -1342,7 +1344,11 @@ class Log:
                     line = "\n" + line
             f.write(f"{line}\n".encode())
 
-    def record(self, step, stream, value, line, **fields):
+    def record(self, stream, value, line, **fields):
+        step = self.run["step"]
+        fields["seconds"] = f"{self.run['seconds']:.3f}"
+        if self.run["usd"]:
+            fields["usd"] = f"{self.run['usd']:.4f}"
         try:
             self.write(f"{step} {stream} {value:.6f} " + " ".join(f"{k}={v}" for k, v in fields.items()))
         except OSError as e:
@@ -1436,12 +1442,14 @@ def print_plan(world_size, sequences, model, spec, begin, network=None):
     folder = find_data() if os.path.isdir(find_data()) else text_folder(spec)
     source = dataset.SOURCES.get(os.path.basename(data), {})
     manifest, n_rows = dataset.read_manifest(folder), 0
+    data_bytes = sum(map(os.path.getsize, glob.glob(f"{glob.escape(folder)}/*.*")))
     try:
         n_rows = DataLoader(folder, "train", 1, block_size, stride=stride).n_rows
     except UserError:
         if manifest:
             raise
         if "tokens" in source:
+            data_bytes = 2 * source["tokens"]
             splits = source.get("splits") or dataset.default_splits(source["tokens"])
             train_share = dataset.split_shares(splits)[0] / 100
             n_rows = int(source["tokens"] * train_share) // (stride or block_size)
@@ -1450,14 +1458,16 @@ def print_plan(world_size, sequences, model, spec, begin, network=None):
         model = model or new_model(manifest["vocab_size"] if manifest else vocabulary_of(spec))
     describe(model, world_size, sequences, n_rows, begin, "none (dry run)")
     n = model.cfg.vocab_size
-    if not (init_from or resume or teacher):
+    if teacher:
+        print(f"teacher: what {teacher} takes of time and memory is not included in what follows")
+    elif not (init_from or resume):
         print(f"loss before training: about ln({n:,}) = {math.log(n):.2f} nats per token, as of a uniform guess")
     if network:
         machines, seconds_per_byte = network
         gradients = model.param_counts()["total"] * getattr(torch, reduce_dtype).itemsize  # bytes
         print(f"network: {machines}; exchanging {gradients / 2**30:.2f} GiB of gradients takes "
               f"{gradients * seconds_per_byte:.2g} s")
-    print_sizes(model, world_size, 2 * n_rows * (stride or block_size))
+    print_sizes(model, world_size, data_bytes)
     for name in map(str.strip, gpu.split(",")) if max_steps else ():
         flops = model.flops_per_token() * (max_steps - begin[0]) * total_batch_size
         seconds = flops / (0.4 * PEAK_TFLOPS[name] * 1e12 * world_size)
@@ -1562,18 +1572,17 @@ def evaluate(run, log, model, held_out, byte_lengths, examples, enc, template, B
                 run["stale"] = 0 if is_new_best(run) else run["stale"] + 1
         if log:
             name = "validation" if is_val else split
-            log.record(step, split, loss, f"{name} loss {loss:.4f} nats per token, {bpb:.4f} bits per byte",
+            log.record(split, loss, f"{name} loss {loss:.4f} nats per token, {bpb:.4f} bits per byte",
                        bpb=f"{bpb:.6f}", tokens=int(tokens))
     if examples and is_due(hella_interval, run):
         counts = hellaswag.score(model, examples, rank, world_size, should_stop)
         acc, by_token, by_byte, _, _, n, stopped = all_sum(device, *counts, should_stop())
         if stopped:
             return False
-        run["hella"] = by_token / n
+        run.update(hella=by_token / n, hella_step=step)
         if log:
             text = hellaswag.with_error("HellaSwag", by_token / n, n)
-            log.record(step, "hella", by_token / n, text, acc=f"{acc / n:.4f}", by_byte=f"{by_byte / n:.4f}",
-                       examples=int(n))
+            log.record("hella", by_token / n, text, acc=f"{acc / n:.4f}", by_byte=f"{by_byte / n:.4f}", examples=int(n))
     if enc and rank == 0 and step > 0 and is_due(sample_interval, run):
         try:
             print_sample(step, model, enc, template)
@@ -1608,15 +1617,14 @@ def load_hellaswag(enc, is_local_main, device):
 # -- what is printed about steps and at the end
 
 def log_step(log, run, loss, norm, lr, seconds, flops_per_token, peak, world_size):
-    step, rate = run["step"], total_batch_size / seconds
+    rate = total_batch_size / seconds
     mfu = f"{rate * flops_per_token / world_size / peak / 1e12:.4f}" if peak else "n/a"
     fields = dict(lr=f"{lr:.4e}", norm=f"{norm:.4f}", ms=f"{seconds * 1000:.1f}", steps_s=f"{1 / seconds:.4g}",
                   tok_s=f"{rate:.0f}", mfu=mfu)
-    if usd_per_gpu_hour:
-        fields["usd"] = f"{run['usd']:.4f}"
-    left = tqdm.format_interval(60 * max_minutes - run["seconds"] if max_minutes else (max_steps - step - 1) * seconds)
+    left = 60 * max_minutes - run["seconds"] if max_minutes else (max_steps - run["step"] - 1) * seconds
+    left = tqdm.format_interval(max(0, left))
     what = "distillation loss" if teacher else "loss"
-    log.record(step, "train", loss, f"{what} {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
+    log.record("train", loss, f"{what} {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1000:.0f} ms | "
                f"{1 / seconds:.2f} steps/s | {rate:,.0f} tokens/s | mfu {mfu} | {left} left", **fields)
 
 
