@@ -752,7 +752,8 @@ def read_rows(column, path):
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object")
         if column not in row:
-            raise UserError(f"{path}, line {number}: no column {column!r}; choose one with --column: {', '.join(row)}")
+            raise UserError(f"{path}, line {number}: no column {column!r}; choose one with dataset.py --column: "
+                            f"{', '.join(row)}")
         if not isinstance(row[column], (str, type(None))):
             raise UserError(f"{path}, line {number}: {column!r} is {type(row[column]).__name__}, not text")
         if row[column]:
@@ -834,7 +835,8 @@ def read_stream(name, column, options, worker, state):
         stream.load_state_dict(state)
     for rows in stream.iter(batch_size=256):
         if column not in rows:
-            raise UserError(f"{name} has no column {column!r}; choose one with --column: {', '.join(rows)}")
+            raise UserError(f"{name} has no column {column!r}; choose one with dataset.py --column: "
+                            f"{', '.join(rows)}")
         for value in rows[column]:
             if not isinstance(value, (str, type(None))):
                 raise UserError(f"column {column!r} of {name} holds {type(value).__name__}, not text")
@@ -1079,7 +1081,7 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
                     os.remove(os.path.join(out, PROGRESS))  # left by a kill after the manifest was written
                 print(f"{out} is complete: {count_line(manifest['shards'])}", flush=True)
             else:
-                if parts := open_parts(out, spec, settings):
+                if parts := open_parts(out, source, column, doc_sep, spec, settings):
                     sources = [sources[0]._replace(read=parts)]
                 shards = write_shards(out, sources, spec, settings, tokens, from_workers=bool(parts))
                 print(f"{out}: {count_line(shards)}", flush=True)
@@ -1101,7 +1103,7 @@ def remove_if_empty(folder, is_new):
         raise
 
 
-def open_parts(out, spec, settings):
+def open_parts(out, source, column, doc_sep, spec, settings):
     """-> a function that reads, as a source does, what all workers have prepared; None if there were no workers"""
     folders = glob.glob("worker_[0-9][0-9][0-9]_of_[0-9][0-9][0-9]", root_dir=out)
     if not folders:
@@ -1113,9 +1115,9 @@ def open_parts(out, spec, settings):
         if manifest is None:
             raise UserError(f"{folder} is missing or unfinished: run --worker={worker.number}/{count}; to do without "
                             "workers, remove their folders")
-        worker_settings = manifest["settings"]
-        expected = {**worker.settings(settings), "source_fingerprint": worker_settings.get("source_fingerprint")}
-        check_same_settings(folder, worker_settings, expected)  # the fingerprint is that of the worker's own files
+        [part] = open_sources(source, column, doc_sep, worker)
+        expected = {**worker.settings(settings), "source_fingerprint": part.fingerprint}
+        check_same_settings(folder, manifest["settings"], expected)
         check_shards(folder, manifest["shards"])
         paths += [os.path.join(folder, shard["file"]) for shard in manifest["shards"]]
     print(f"{out}: combining the parts of {count} workers; their folders can be deleted afterwards", flush=True)

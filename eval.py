@@ -245,8 +245,9 @@ def measure(model, enc, path, split="val", stride=None, limit=None, doc_mask=Fal
     """
     T, device = model.cfg.block_size, model.lm_head.weight.device
     if dataset.holds_pairs(path):
-        if limit or stride:
-            raise UserError(f"--{'limit' if limit else 'stride'} does not apply to pairs")
+        for name, is_used in (("limit", limit), ("stride", stride), ("split", split != "val")):
+            if is_used:
+                raise UserError(f"--{name} does not apply to pairs, which are measured as a whole")
         loader = DataLoader(Pairs(path, enc), "all", 1, T, doc_mask=True, device=device)
         batches = loader.validation_batches(loader.n_rows, max(1, 4096 // T))
         how = "responses, each pair on its own" + loader.rows.what_is_cut()
@@ -306,7 +307,10 @@ def read_available_tasks(tasks, data, limit):
 def compare(names, text, split, stride, tasks, data, limit, device, dtype):
     """Prints a table of models, and of published scores."""
     for name in names:  # an error now rather than after hours of measuring the first ones
-        check_stride(stride, load(name, ".", device, dtype)[0].cfg.block_size)
+        model, enc, _ = load(name, ".", device, dtype)
+        check_stride(stride, model.cfg.block_size)
+        if text and not dataset.holds_pairs(text):
+            read_tokens(text, enc, split, limit=1)
     tasks = read_available_tasks(tasks, data, limit)
     rows = []  # {column: cell}
     for name in names:
@@ -354,8 +358,11 @@ def print_table(columns, rows):
 # -- serving: OpenAI's completions and chat completions, and a page that uses them
 
 RANGES = dict(max_tokens=(1, 10**6), temperature=(0.0, 2.0), top_p=(1e-6, 1.0), top_k=(0, 10**6), seed=(0, 2**63 - 1))
-UNSUPPORTED = ("best_of", "echo", "frequency_penalty", "functions", "logit_bias", "logprobs", "presence_penalty",
-               "response_format", "suffix", "tool_choice", "tools", "top_logprobs")
+# What OpenAI's API has besides, with the values that change nothing
+UNSUPPORTED = {
+    "best_of": [1], "echo": [False], "frequency_penalty": [0, 0.0], "functions": [[]], "logit_bias": [{}],
+    "logprobs": [False], "n": [1], "presence_penalty": [0, 0.0], "response_format": [{"type": "text"}], "suffix": [""],
+    "tool_choice": ["none", "auto"], "tools": [[]], "top_logprobs": [0]}
 
 
 class BadRequest(Exception):
@@ -365,10 +372,10 @@ class BadRequest(Exception):
 
 
 def sampling_options(request, defaults):
-    if used := [name for name in UNSUPPORTED if request.get(name)]:
-        raise BadRequest(f"{used[0]} is not supported")
-    if request.get("n") not in (None, 1):
-        raise BadRequest("n must be 1")
+    for name, harmless in UNSUPPORTED.items():
+        value = request.get(name)
+        if (type(value), value) not in [(type(other), other) for other in (None, *harmless)]:  # 0 is not False
+            raise BadRequest(f"{name} is not supported, except {json.dumps(harmless[0])}")
     if request.get("stream") not in (None, True, False):
         raise BadRequest("stream must be true or false")
     if request.get("max_completion_tokens") is not None:
@@ -747,7 +754,9 @@ def parse_options():
     p.set_defaults(**{**defaults, "prompt": None, "stop": [], "max_new_tokens": 200})
     a = p.parse_args()
     check_sampling(a.temperature, a.top_k, a.top_p, a.seed, a.stop)
-    jobs = [name for name in ("compare", "export", "perplexity", "serve", "prompt") if getattr(a, name)]
+    jobs = [name for name in ("compare", "export", "perplexity", "serve", "prompt") if getattr(a, name) is not None]
+    if empty := [name for name in jobs if not getattr(a, name)]:
+        raise UserError(f"--{empty[0]} has an empty value")
     if len(jobs) > 1 and jobs != ["compare", "perplexity"]:
         raise UserError(f"--{jobs[0]} and --{jobs[1]} cannot be combined")
     if a.compare and a.ckpt:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from dataset import (TOKENIZER_SPEC, UserError, ask_hub, check_spec, check_types, read_json, read_spec, reading,
+from dataset import (DTYPES, TOKENIZER_SPEC, UserError, ask_hub, check_spec, check_types, read_json, read_spec, reading,
                      write_atomically, write_json)
 
 GPT2_TOKENS = 50257
@@ -665,8 +665,10 @@ def pick_dtype(name, device):
     """
     if name == "int8":
         return torch.float32
-    if name != "auto":
+    if name in DTYPES:
         return getattr(torch, name)
+    if name != "auto":
+        raise UserError(f"dtype={name} must be one of auto, {', '.join(DTYPES)}, int8")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if device.type == "cpu" and cpu_computes_in(torch.bfloat16) else torch.float32
@@ -699,11 +701,12 @@ def part_path(path, rank, count):
 def checkpoint_files(path):
     """
     The files of a checkpoint: itself, or if it is a folder, the parts that the processes of a run wrote. [] unless it
-    is complete. A folder may hold two sets, if a run was resumed there by another number of processes.
+    is complete. A folder may hold two sets, if a run was resumed there by another number of processes: then the newer.
     """
     if not os.path.isdir(path):
         return [path] if os.path.exists(path) else []
-    for first in glob.glob(os.path.join(glob.escape(path), "part_0000_of_[0-9][0-9][0-9][0-9].pt")):
+    firsts = glob.glob(os.path.join(glob.escape(path), "part_0000_of_[0-9][0-9][0-9][0-9].pt"))
+    for first in sorted(firsts, key=os.path.getmtime, reverse=True):
         count = int(first[-7:-3])
         files = [part_path(path, rank, count) for rank in range(count)]
         if all(map(os.path.exists, files)):
@@ -748,8 +751,9 @@ def load_file(path, mapped=False):
                 raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
     classes = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
     configs = [(ForeignConfig, name) for name in classes if name.endswith(".GPTConfig")]
+    mapped = mapped and is_zip and not re.search("[\ud800-\udfff]", path)  # torch maps files with names in UTF-8
     with torch.serialization.safe_globals(configs):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def join_parts(parts, join):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 
 COLORS = ["#2a6fbb", "#d1602e", "#3a923a", "#8a5fb0", "#c2385e", "#7a6a53", "#1b9aaa", "#888888"]
@@ -92,7 +93,8 @@ def smooth(values, span):
     for value in values:
         if math.isfinite(value):
             mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append(mean / weight if weight else value)
+            value = mean / weight
+        smoothed.append(value)
     return smoothed
 
 
@@ -186,11 +188,12 @@ def read_logs(paths, kind):
 def print_chart(paths, kind="step"):
     """The losses as text, a letter for each run: smoothed training losses or, if there are none, validation losses"""
     width, height = max(40, shutil.get_terminal_size().columns - 10), 20
-    curves = []
+    curves, ends = [], []
     for (streams, _), to_x in zip(*read_logs(paths, kind)):
         xs, ys = series(streams["train"], to_x)
         xs, ys = (xs, smooth(ys, len(ys) / 50)) if xs else series(streams["val"], to_x)
         curves.append([(x, y) for x, y in zip(xs, ys) if 0 <= x < math.inf and abs(y) < 1e9])
+        ends.append(f"{ys[-1]:.3f} at the end" if ys else "nothing logged yet")
     losses = sorted(y for curve in curves for _, y in curve)
     if not losses:
         fail("nothing logged yet")
@@ -204,8 +207,8 @@ def print_chart(paths, kind="step"):
     for i, row in enumerate(grid):
         print(f"{high - (high - low) * i / (height - 1):8.3f} {''.join(row).rstrip()}")
     print(f"{'':9}{0:<{width - 12}}{right:>12,.6g}  {kind}".rstrip())
-    for letter, name, curve in zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), short_names(paths), curves):
-        print(f"{letter}: {name}" + (f", {curve[-1][1]:.3f} at the end" if curve else ", nothing logged yet"))
+    for letter, name, end in zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), short_names(paths), ends):
+        print(f"{letter}: {name}, {end}")
 
 
 def plot(paths, out, kind="step", dark=False):
@@ -271,14 +274,17 @@ def main():
     p.add_argument("--dark", action="store_true", help="light on dark")
     p.add_argument("--term", action="store_true", help="print a chart of the losses instead of writing a picture")
     a = p.parse_args()
+    if hasattr(signal, "SIGPIPE"):  # Windows lacks it
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe (| head) ends the program in silence
     if a.term:
         if a.out or a.dark:
             fail("--term prints a chart, without --out and --dark")
         print_chart(a.logs, a.x)
         return
-    if os.path.isdir(a.out or ""):
-        fail(f"--out={a.out} is a folder; name a file in it")
     out = a.out or (os.path.splitext(a.logs[0])[0] + ".png" if len(a.logs) == 1 else "logs.png")
+    out = os.path.expanduser(out)  # a shell leaves --out=~/x as it is
+    if os.path.isdir(out):
+        fail(f"--out={out} is a folder; name a file in it")
     out += "" if os.path.splitext(out)[1] else ".png"
     plot(a.logs, out, a.x, a.dark)
     print(out)

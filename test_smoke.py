@@ -1110,6 +1110,19 @@ def test_workers_together_write_the_bytes_of_one(tmp_path, monkeypatch, capsys, 
     assert digest("many") == digest("one")
 
 
+@pytest.mark.parametrize("change", ["a new file", "another text"])
+def test_workers_parts_of_files_that_have_changed_since_are_refused(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        write_lines(tmp_path / f"f{i}.jsonl", [dict(text=f"file {i}, line {n}") for n in range(20)])
+    options = dict(source="f*.jsonl", tokenizer="byte", out="d")
+    dataset.prepare(worker=dataset.Worker(0, 2), **options)
+    write_lines(tmp_path / ("f4.jsonl" if change == "a new file" else "f0.jsonl"), [dict(text="new")] * 20)
+    dataset.prepare(worker=dataset.Worker(1, 2), **options)
+    with pytest.raises(UserError, match="worker_00._of_002 was made from another version of f"):
+        dataset.prepare(**options)
+
+
 @pytest.mark.parametrize("first", ["plain", "workers"])
 def test_an_unfinished_folder_does_not_mix_a_source_with_its_workers_parts(tmp_path, monkeypatch, first):
     monkeypatch.chdir(tmp_path)
@@ -2416,7 +2429,8 @@ def test_a_checkpoint_in_parts_counts_once_all_of_them_are_there(workspace, one_
     assert "step 12," in run_ok(here("eval.py"), f"--ckpt={tmp_path}", "--prompt=x", "--max_new_tokens=2",
                                 cwd=workspace).stderr
     path = tmp_path / "checkpoints/model_000012.pt"
-    run_ok(here("train.py"), f"--resume={path}/", "--data=data/t", f"--out_dir={tmp_path}", n=4, cwd=workspace)
+    r = run_ok(here("train.py"), f"--resume={path}/", "--data=data/t", f"--out_dir={tmp_path}", n=4, cwd=workspace)
+    assert f"{tmp_path}/checkpoints/model_000016.pt lacks parts: removed\n" in r.stdout
     assert losses(tmp_path) == pytest.approx(losses(one_process), abs=1e-5)
     assert all(len(os.listdir(path)) == 4 for path in find_checkpoints(tmp_path) if checkpoint_step(path) > 12)
 
@@ -2431,6 +2445,33 @@ def test_a_checkpoint_may_hold_the_parts_of_two_launches(tmp_path):
     assert write("0001_of_0002") == ["0000_of_0002", "0001_of_0002"]
     os.remove(tmp_path / "part_0000_of_0002.pt")
     assert write("0001_of_0004", "0002_of_0004", "0003_of_0004") == [f"000{i}_of_0004" for i in range(4)]
+    os.utime(tmp_path / "part_0000_of_0004.pt", (1, 1))
+    assert write("0000_of_0001") == ["0000_of_0001"]  # the newer set
+
+
+STOPPED = """
+import os, signal, hellaswag
+def stop(*args, sum_losses=hellaswag.sum_losses, calls=[]):
+    calls.append(1)
+    if len(calls) == int(os.environ["VALIDATION"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return sum_losses(*args)
+hellaswag.sum_losses = stop
+"""
+
+
+@pytest.mark.parametrize("options", [["--parallel=ddp"], ["--parallel=zero3", "--ckpt_shards"]], ids=str)
+def test_a_step_may_be_saved_again_in_another_form(workspace, one_process, tmp_path, options):
+    shards = ["--parallel=zero3", "--ckpt_shards"]
+    first, n = (shards, 2) if "ddp" in options[0] else (["--parallel=ddp"], 1)
+    base = [*NO_DROPOUT, "--val_interval=16", f"--out_dir={tmp_path}"]
+    r = script(here("train.py"), *base, *first, cwd=workspace, n=n, before=STOPPED, VALIDATION="2")
+    assert "stopped at step 16" in r.stdout, r.stderr
+    assert not read_checkpoint(str(tmp_path / "checkpoints/model_000016.pt"))["run"]["evaluated"]
+    run_ok(here("train.py"), *base, *options, "--resume", cwd=workspace, n=3 - n)
+    ckpt = read_checkpoint(str(tmp_path / "checkpoints/model_000016.pt"))
+    assert ckpt["run"]["evaluated"] and ckpt["run"]["last_val"]["step"] == 16
+    assert losses(tmp_path) == pytest.approx(losses(one_process), abs=1e-5)
 
 
 def test_an_old_checkpoint_stays_until_the_new_one_has_all_its_parts(tmp_path, monkeypatch, capsys):
@@ -2798,6 +2839,38 @@ def test_new_data_is_judged_by_itself_and_read_from_its_beginning(workspace, tmp
     assert (tmp_path / "checkpoints/model_000020.pt").read_bytes() == before
     ckpt = read_checkpoint(f"{tmp_path}/checkpoints/model_000030.pt")
     assert ckpt["run"]["best"]["step"] > 20 and ckpt["loader"]["position"] == 10 * 8
+
+
+def test_a_stop_before_the_first_step_with_new_data_leaves_the_checkpoint_as_it_is(workspace, tmp_path):
+    shutil.copytree(workspace / "runs/fp32", tmp_path / "run")
+    path = tmp_path / "run/checkpoints/model_000030.pt"
+    before = path.read_bytes()
+    write_text(tmp_path / "new.txt", stories(90))
+    options = [f"--data={tmp_path}/new.txt", "--tokenizer=byte", "--new_data", "--max_steps=40"]
+    r = script(here("train.py"), "--resume", *options, "--out_dir=run", cwd=tmp_path, before=STOPPED,
+               VALIDATION="1")
+    assert r.returncode == 128 + signal.SIGTERM and path.read_bytes() == before
+    assert find_checkpoints(tmp_path / "run")[-1] == str(path)
+
+
+def test_new_text_is_prepared_with_the_tokenizer_of_the_model_that_goes_on_with_it(tmp_path):
+    write_text(tmp_path / "a.txt", stories(90))
+    write_text(tmp_path / "b.txt", stories(180)[90:])
+    command = [here("train.py"), *FAST, "--out_dir=run"]
+    run_ok(*command, "--data=a.txt", "--tokenizer=bpe:300", "--max_steps=2", cwd=tmp_path)
+    r = run_ok(*command, "--data=b.txt", "--new_data", "--resume", "--max_steps=4", cwd=tmp_path)
+    assert "done at step 4" in r.stdout
+    a, b = (find_checkpoints(tmp_path / "run")[i] for i in (0, -1))
+    assert read_checkpoint(a)["tokenizer"] == read_checkpoint(b)["tokenizer"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names of files that are not UTF-8")
+def test_a_run_in_a_folder_whose_name_is_not_utf_8_resumes(workspace, tmp_path):
+    options = [*FAST, b"--out_dir=" + os.fsencode(tmp_path) + b"/caf\xe9"]
+    command = [sys.executable, here("train.py"), *options]
+    for steps in ("2", "4"):
+        r = subprocess.run([*command, f"--max_steps={steps}", "--resume=auto"], cwd=workspace, capture_output=True)
+        assert r.returncode == 0 and f"done at step {steps}".encode() in r.stdout, r.stderr
 
 
 def test_a_run_says_if_its_warm_up_is_longer_than_itself(workspace, tmp_path):
@@ -3449,6 +3522,9 @@ def test_a_dry_run_knows_shards_without_a_manifest_and_what_a_resumed_run_has_re
     r = run_ok(here("train.py"), "--resume=runs/fp32", "--data=data/t", "--total_batch_size=512", "--max_steps=40",
                "--dry_run", cwd=workspace)
     assert f"40 steps = {30 * 256 + 10 * 512:,} tokens = " in r.stdout
+    options = ["--resume=runs/pairs", "--data=pairs.jsonl", "--teacher=runs/fp32", "--epochs=9", "--dry_run"]
+    r = run_ok(here("train.py"), *options, cwd=workspace)
+    assert "run: 9 epochs; the steps are known once the data" in r.stdout
 
 
 def test_a_dry_run_counts_all_splits_of_the_data_and_says_that_a_teacher_is_not_counted(workspace, tmp_path):
@@ -3566,6 +3642,7 @@ def test_a_run_without_steps_left_has_no_profile_and_no_error(workspace, tmp_pat
     options = ["--resume=runs/fp32", "--data=data/t", f"--profile={tmp_path}/trace.json", f"--out_dir={tmp_path}"]
     r = run_ok(here("train.py"), *options, cwd=workspace)
     assert "done at step 30" in r.stdout and not (tmp_path / "trace.json").exists()
+    assert "no profile: the run ended before the steps it is taken of\n" in r.stdout
 
 
 def test_the_summary_does_not_name_a_best_checkpoint_that_is_in_another_folder(tmp_path, monkeypatch, capsys):
@@ -3944,7 +4021,7 @@ BAD_REQUESTS = [
         dict(seed=-1), dict(seed=2**64), dict(seed="a"), dict(n=2), dict(n="x"), dict(stop=""), dict(stop=["a", ""]),
         dict(stream=2), dict(stop=[1]), dict(stop=7), dict(stop={"a": 1}), dict(stop="x" * 101), dict(stop=["x"] * 17),
         dict(stream="yes"), dict(presence_penalty=1), dict(logprobs=5), dict(echo=True), dict(suffix="!"),
-        dict(best_of=3), dict(tools=[{}]))],
+        dict(best_of=3), dict(tools=[{}]), dict(logprobs=0))],
     *[("chat/completions", {**ASK, "messages": messages}) for messages in (
         None, [], {}, "Hi", ["Hi"], [{}], [dict(role="user")], [dict(role="user", content=1)],
         [dict(role="user", content=" ")], [USER, USER], [USER, dict(role="assistant", content="Hello.")],
@@ -3966,7 +4043,8 @@ def test_bad_requests_are_answered_as_openai_does_and_cost_the_server_nothing(se
         assert r.status_code in (400, 404, 413) and error["type"] == "invalid_request_error", (body, r.text)
         assert error.keys() == {"message", "type", "param", "code"} and error["message"], body
     assert len(BAD_REQUESTS) > 60
-    assert requests.post(f"{url}completions", json=ASK).json()["choices"][0]["text"]
+    harmless = dict(n=1, best_of=1, echo=False, logprobs=None, presence_penalty=0.0, response_format=dict(type="text"))
+    assert requests.post(f"{url}completions", json={**ASK, **harmless}).json()["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("headers", [
@@ -4020,9 +4098,10 @@ def test_a_long_chat_loses_its_oldest_turns_first(chat_runs, workspace):
 
 
 @pytest.mark.parametrize("options", [
-    dict(temperature=-1), dict(temperature=math.nan), dict(top_p=0), dict(seed=-1), dict(stop=["a", ""])], ids=str)
+    dict(temperature=-1), dict(temperature=math.nan), dict(top_p=0), dict(seed=-1), dict(stop=["a", ""]),
+    dict(dtype="int4"), dict(dtype=torch.float32)], ids=str)
 def test_generate_text_refuses_what_the_command_line_refuses(workspace, options):
-    with pytest.raises(UserError, match="out of range|must not be empty"):
+    with pytest.raises(UserError, match="out of range|must not be empty|must be one of auto, float32, float16, bfl"):
         eval_script.generate_text("Once", out_dir=str(workspace / "runs/fp32"), device="cpu", **options)
 
 
@@ -4182,6 +4261,15 @@ def test_models_are_compared_in_one_table(workspace):
     assert rows[1][3:5] == [f"{loss:.4f}", f"{math.exp(loss):.2f}"]
     assert above[1:] == ["HellaSwag"] * 3 and rows[0][6:9] == list(hellaswag.MEASURES)
     assert rows[3][6:9] == ["-", "0.2955", "-"]
+
+
+def test_a_text_that_cannot_be_measured_is_found_before_any_model_is_compared(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(hellaswag, "read_tasks", lambda *args, **options: pytest.fail("too late"))
+    dataset.prepare("t.txt", "bpe:300", out="data/bpe-too")
+    for text, error in (("data/bpe-too", "is in tokenizer bpe:300"), ("none.txt", "there is no source")):
+        with pytest.raises(UserError, match=error):
+            eval_script.compare(["runs/fp32"], text, "val", None, ["lambada"], None, None, "cpu", "float32")
 
 
 def test_models_are_compared_on_several_tasks(hub, workspace):
@@ -4441,6 +4529,20 @@ def test_a_typical_run_of_the_same_recipe_is_drawn_behind(tmp_path, runs, x, las
     ax = Figure().subplots()
     plot.draw_typical(ax, logs, x)
     assert [line.get_xdata()[-1] for line in ax.lines] == ([last] if last else [])
+
+
+def test_a_diverged_end_is_not_hidden(tmp_path, capsys):
+    plot.print_chart([write_log(tmp_path / "log.txt", [5.0] * 9 + [math.nan])])
+    assert "nan at the end" in capsys.readouterr().out
+    assert math.isnan(plot.smooth([5.0, math.nan], 10)[-1]) and plot.smooth([math.nan, 5.0], 10)[-1] == 5.0
+
+
+def test_a_chart_into_a_closed_pipe_and_a_picture_in_the_home_folder(tmp_path):
+    path = write_log(tmp_path / "log.txt", [5.0] * 9)
+    command = f"{sys.executable} {here('plot.py')} {path}"
+    r = subprocess.run(f"{command} --term | true; {command} --out=~/a.png", shell=True, capture_output=True, text=True,
+                       env={**os.environ, "HOME": str(tmp_path)})
+    assert r.stderr == "" and r.stdout == f"{tmp_path}/a.png\n" and is_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("tokens, record", [
@@ -5114,7 +5216,8 @@ def test_the_ladder_under_torchrun_is_refused(workspace):
 
 def test_a_command_with_init_from_can_be_repeated_to_resume(workspace, tmp_path):
     options = [*FAST, f"--init_from={CKPT}", f"--out_dir={tmp_path}", "--resume=auto"]
-    assert "is not used" not in run_ok(here("train.py"), *options, "--max_steps=4", cwd=workspace).stdout
+    r = run_ok(here("train.py"), *options, "--max_steps=4", cwd=workspace)
+    assert "is not used" not in r.stdout and f"weights: those of {CKPT}\n" in r.stdout
     r = run_ok(here("train.py"), *options, "--max_steps=6", cwd=workspace)
     assert f"--init_from={CKPT} is not used" in r.stdout and "from step 4" in r.stdout
 
@@ -5517,7 +5620,7 @@ MISTAKES = {
     "a tokenizer that does not exist": ([*TXT, "--tokenizer=gpt3"], "there is no tokenizer 'gpt3'"),
     "a tokenizer too large for uint16": ([*TXT, "--tokenizer=bpe:70000"], "from 258 to 65536"),
     "a tokenizer too small": ([*TXT, "--tokenizer=bpe:100"], "from 258 to 65536"),
-    "a missing column": ([*D, "--source=t.jsonl", *NEW], "no column 'text'; choose one with --column: story"),
+    "a missing column": ([*D, "--source=t.jsonl", *NEW], "choose one with dataset.py --column: story"),
     "broken json": ([*D, "--source=broken.jsonl", *NEW], "broken.jsonl, line 2: not JSON"),
     "other settings for a finished folder": ([*TXT, "--tokenizer=bpe:300", "--out=data/t"],
                                              "data/t was made with tokenizer=byte, not bpe:300"),
@@ -5535,6 +5638,13 @@ MISTAKES = {
     "two jobs": ([*E, "--prompt=x", "--perplexity=t.txt"], "--perplexity and --prompt cannot be combined"),
     "a model beside those compared": (
         ["eval.py", f"--ckpt={CKPT}", "--compare", CKPT], "--compare names its models itself"),
+    "a split of pairs": ([*E, "--perplexity=bad.jsonl", "--split=train"], "--split does not apply to pairs, which are"),
+    "nothing to measure": ([*E, "--perplexity="], "--perplexity has an empty value"),
+    "a folder without a name": ([*E, "--export", ""], "--export has an empty value"),
+    "a run that is its own teacher": (
+        [*T, "--teacher=runs/fp32", "--out_dir=runs/fp32"], "the teacher runs/fp32 is in this run's own folder"),
+    "a single pair": (
+        ["train.py", "--recipe=sft", f"--init_from={CKPT}", "--data=single.jsonl"], "too few pairs for a train split"),
     "samples of no prompt": ([*E, "--num_samples=2"], "--num_samples needs a --prompt"),
     "a picture in the terminal": (["plot.py", "log.txt", "--term", "--dark"], "--term prints a chart, without"),
     "a folder for a picture": (["plot.py", "log.txt", "--out=data"], "--out=data is a folder"),
@@ -5607,6 +5717,7 @@ def mistakes(workspace):
         "broken.jsonl": b'{"text": "x"}\n{"text": \n',
         "bad.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n',
         "odd.jsonl": b'{"prompt": ["a"], "response": "b", "model": "m"}\n',
+        "single.jsonl": b'{"prompt": "a", "response": "b"}\n',
         "none.jsonl": b'{"prompt": "a", "response": ""}\n', "pairs.json": b'[{"prompt": "a", "response": "b"}]'}
     for name, raw in files.items():
         (workspace / name).write_bytes(raw)

@@ -53,8 +53,8 @@ import hellaswag
 from data_loader import DataLoader, NoSplit, Pairs
 from dataset import UserError
 from model import (CHECKPOINT_VERSION, CHOICES, CONFIGS, GPT, GPT2_TOKENS, MAX_SIZE, GPTConfig, autocast, build_model,
-                   checkpoint_files, checkpoint_step, cpu_computes_in, find_checkpoints, load_checkpoint, make_config,
-                   open_model, part_path, pick_device, pick_dtype, read_checkpoint, use_large_pages)
+                   checkpoint_files, checkpoint_step, cpu_computes_in, find_checkpoints, find_model, load_checkpoint,
+                   make_config, open_model, part_path, pick_device, pick_dtype, read_checkpoint, use_large_pages)
 
 # -- hyperparameters: each is an option of the command line
 
@@ -364,8 +364,9 @@ def resumed_settings(parser, ckpt, asked):
     hyperparameters are taken, each as if it stood on the command line, but no path: the user must repeat those.
     """
     saved = {k: ckpt["train_config"].get(k, default) for k, default in SETTINGS.items() if k not in NOT_RESUMED}
-    if not isinstance(saved["tokenizer"], str) or not re.fullmatch(dataset.TOKENIZER_NAME, saved["tokenizer"]):
-        saved["tokenizer"] = "model"  # not a path, but the one in the checkpoint
+    name = saved["tokenizer"]
+    if asked.get("new_data") or not isinstance(name, str) or not re.fullmatch(dataset.TOKENIZER_NAME, name):
+        saved["tokenizer"] = "model"  # not a path, and not one to be trained on the new data
     saved = parse_values(parser, saved, ckpt["path"])
     if saved["recipe"] not in RECIPES:
         raise UserError(f"{ckpt['path']} was trained with an unknown recipe")
@@ -428,13 +429,15 @@ def divisors(n):
 
 def count_steps(n_rows, sequences, step=0, position=0):
     """
-    max_steps, or as many as `epochs` need: after this step, which has taken `position` rows, if resumed. 0 with
-    max_minutes, since the loop asks steps_in_time.
+    max_steps, or as many as `epochs` need: after this step, which has taken `position` rows, if resumed. 0 if that is
+    not known: with max_minutes, where the loop asks steps_in_time, and in a dry run before the data is prepared.
     """
     if max_minutes:
         return 0
     if not max_steps and not epochs:
         raise UserError("max_steps and epochs are both 0; set one")
+    if not max_steps and not n_rows:
+        return 0
     steps_left = round((epochs * n_rows - position) / sequences, 6)  # 1.1 epochs of 100 rows are 110.00000000000001
     return max_steps or step + max(0, math.ceil(steps_left))
 
@@ -810,6 +813,9 @@ def initial_model(settings, asked):
 
 def open_teacher(device, amp_dtype):
     """The model that --teacher names, and its tokenizer's spec"""
+    folder = os.path.dirname(os.path.abspath(find_model(teacher)))
+    if folder == os.path.abspath(os.path.join(out_dir, "checkpoints")):
+        raise UserError(f"the teacher {teacher} is in this run's own folder; choose another --out_dir")
     model, known = open_model(teacher, device=device, dtype="float32" if amp_dtype == torch.float32 else "auto")
     if model.cfg.block_size < block_size:
         raise UserError(f"the teacher {teacher} has a context of {model.cfg.block_size}, less than "
@@ -1205,8 +1211,13 @@ class Saver:
         if is_new_best(run):
             run["best"] = dict(run["last_val"])
         path, collect, is_writing = checkpoint_path(run["step"]), gathered, self.rank == 0
-        if ckpt_shards and parallel != "ddp" and self.count > 1:
+        # A run that was stopped before this step was evaluated, and resumed, saves the step again. What is there stays
+        # until then, so a file is replaced by a file, and a folder gets one more set of parts.
+        is_file = all_sum(self.device, os.path.isfile(path))[0] > 0
+        if ckpt_shards and parallel != "ddp" and self.count > 1 and not is_file:
             path, collect, is_writing = part_path(path, self.rank, self.count), own_part, True
+        elif os.path.isdir(path):
+            path = part_path(path, 0, 1)
         weights = {name: p.detach() for name, p in model.named_parameters()}  # lists a tied head once, as wte
         weights = copy_to_host(weights, collect, is_writing)
         moments = [copy_to_host(o.state_dict(), collect, is_writing) for o in optimizers]
@@ -1269,7 +1280,10 @@ def remove_unfinished():
     folder = os.path.join(out_dir, "checkpoints")
     for name in os.listdir(folder) if os.path.isdir(folder) else ():  # the folder may have vanished
         path = os.path.join(folder, name)
-        if name.endswith(".tmp") or re.fullmatch(r"model_\d+\.pt", name) and not checkpoint_files(path):
+        is_incomplete = re.fullmatch(r"model_\d+\.pt", name) and not checkpoint_files(path)
+        if is_incomplete:
+            print(f"{path} lacks parts: removed", flush=True)
+        if is_incomplete or name.endswith(".tmp"):
             remove_path(path)
 
 
@@ -1756,10 +1770,12 @@ if __name__ == "__main__":
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
             f"{device.type}, {torch.get_num_threads()} threads"
         describe(raw_model, world_size, sequences, loader.n_rows, begin, f"{where}, {amp_name}")
-        if recipe == "sft" and not init_from and not ckpt:
-            print("no --init_from: the weights are random, and all they learn is from these pairs")
-        if ckpt and "init_from" in asked:  # as when the first command is repeated with --resume
-            print(f"--init_from={asked['init_from']} is not used: the weights are those of {ckpt['path']}", flush=True)
+        if ckpt and init_from:  # as when the first command is repeated with --resume
+            print(f"--init_from={init_from} is not used: the weights are those of {ckpt['path']}", flush=True)
+        elif init_from:
+            print(f"weights: those of {find_model(init_from)}", flush=True)
+        elif recipe == "sft" and not ckpt:
+            print("no --init_from: the weights are random, and all they learn is from these pairs", flush=True)
 
     # 3. Micro-batch, processes, optimizers
     previous_B = ckpt["micro_batch"] if ckpt else 0
@@ -1825,15 +1841,14 @@ if __name__ == "__main__":
         run["step"] = step
         if max_minutes:
             max_steps = steps_in_time(run, times, device)
-        # since the checkpoint resumed from, which new data is no reason to overwrite
+        # Since the checkpoint resumed from. That it will go on with new data is no reason to overwrite it.
         has_changed = step > first_step or not (run["evaluated"] or new_data)
         if not run["evaluated"] and not stop:
             with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
                 run["evaluated"] = evaluate(run, B=loader.B, **evaluation)
             stop = not run["evaluated"]
-        checkpoint_due = has_changed and (
-            step > 0 and is_due(ckpt_interval, run) or patience and is_new_best(run))
-        if not bench and (stop or checkpoint_due):
+        checkpoint_due = step > 0 and is_due(ckpt_interval, run) or patience and is_new_best(run)
+        if not bench and has_changed and (stop or checkpoint_due):
             saver.save(run, constants, raw_model, optimizers, scaler, loader)
         if stop or is_last(run):
             break
@@ -1885,6 +1900,8 @@ if __name__ == "__main__":
     saved = saver.finish(run)
     if profiler and is_last(run):
         write_profile(profiler, sum(times[-PROFILED_STEPS:]))
+    elif profile and is_main:
+        print("no profile: the run ended before the steps it is taken of")
     if is_main and bench:
         print_bench(times, flops_per_token, peak, world_size, device, dict(
             micro_batch=loader.B, dtype=amp_name, compiled="loss" in vars(raw_model), parameters=n_parameters))
