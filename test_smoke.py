@@ -3642,7 +3642,7 @@ def test_a_run_without_steps_left_has_no_profile_and_no_error(workspace, tmp_pat
     options = ["--resume=runs/fp32", "--data=data/t", f"--profile={tmp_path}/trace.json", f"--out_dir={tmp_path}"]
     r = run_ok(here("train.py"), *options, cwd=workspace)
     assert "done at step 30" in r.stdout and not (tmp_path / "trace.json").exists()
-    assert "no profile: the run ended before the steps it is taken of\n" in r.stdout
+    assert "no profile: the last steps were not run\n" in r.stdout
 
 
 def test_the_summary_does_not_name_a_best_checkpoint_that_is_in_another_folder(tmp_path, monkeypatch, capsys):
@@ -5644,7 +5644,7 @@ MISTAKES = {
     "a run that is its own teacher": (
         [*T, "--teacher=runs/fp32", "--out_dir=runs/fp32"], "the teacher runs/fp32 is in this run's own folder"),
     "a single pair": (
-        ["train.py", "--recipe=sft", f"--init_from={CKPT}", "--data=single.jsonl"], "too few pairs for a train split"),
+        ["train.py", "--recipe=sft", f"--init_from={CKPT}", "--data=single.jsonl"], "has no train split: it takes at"),
     "samples of no prompt": ([*E, "--num_samples=2"], "--num_samples needs a --prompt"),
     "a picture in the terminal": (["plot.py", "log.txt", "--term", "--dark"], "--term prints a chart, without"),
     "a folder for a picture": (["plot.py", "log.txt", "--out=data"], "--out=data is a folder"),

@@ -1901,7 +1901,7 @@ if __name__ == "__main__":
     if profiler and is_last(run):
         write_profile(profiler, sum(times[-PROFILED_STEPS:]))
     elif profile and is_main:
-        print("no profile: the run ended before the steps it is taken of")
+        print("no profile: the last steps were not run")
     if is_main and bench:
         print_bench(times, flops_per_token, peak, world_size, device, dict(
             micro_batch=loader.B, dtype=amp_name, compiled="loss" in vars(raw_model), parameters=n_parameters))
