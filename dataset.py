@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 import types
+import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -54,7 +55,8 @@ TRIES, MAX_BACKOFF = 8, 60  # attempts for a request; the longest wait between t
 RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 MANIFEST, PROGRESS = "meta.json", "progress.npz"
 MANIFEST_VERSION = 2
-TOKENIZER_NAME = r"gpt2|byte|bpe:\d+(_\d+)*"
+TOKENIZER_NAME = r"gpt2|byte|bpe:\d(_?\d){1,6}"
+MAX_MERGES = 1 << 24  # characters of a tokenizer's merges; that of bpe:50000 has about 500,000
 TOKENIZER_SPEC = "tokenizer_spec.json"  # in an exported model: the tokenizer's spec and the chat template
 
 # Named sources: a Hugging Face dataset (`hub`, `config`, `revision`), a text file (`url`), or `parts`, other sources in
@@ -205,7 +207,9 @@ def write_atomically(path, write):
     """`write(file)` fills a temporary file, which is flushed to disk and renamed: a visible file is complete."""
     temporary = path + ".tmp"
     try:
-        with open(temporary, "wb") as f:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)  # left by a kill
+        with open(temporary, "xb") as f:  # x: not through a link, which in a stranger's folder could lead anywhere
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -308,12 +312,24 @@ def check_spec(spec, template=None):
     """Raises an error unless these, from a file, are a tokenizer's spec and, if there is one, a chat template."""
     if template:
         check_types(template, dict(user="", assistant=""))
+        check_keys(template, ("user", "assistant"))
+    check_keys(spec, ("name", "merges", "special"))
     if not re.fullmatch(TOKENIZER_NAME, spec["name"]) or not is_trained(spec):
         raise ValueError("not a tokenizer")
+    merges, special = spec.get("merges", []), spec.get("special", [])
+    check_types(merges, [[""]])
+    check_types(special, [""])
+    if len(set(special)) < len(special) or sum(len(text) for pair in merges for text in pair) > MAX_MERGES:
+        raise ValueError("not a tokenizer of ours")
     if spec["name"] != "gpt2":
         enc = get_tokenizer(spec)
         if EOT not in enc.special_tokens_set or enc.n_vocab > 2**16:
             raise ValueError("not a tokenizer of ours")
+
+
+def check_keys(value, keys):
+    if not value.keys() <= set(keys):
+        raise ValueError("unknown keys")
 
 
 def is_trained(spec):
@@ -823,6 +839,12 @@ def read_stream(name, column, options, worker, state):
     datasets = import_datasets()
     datasets.config.STREAMING_READ_MAX_RETRIES = 5
     report_retries()
+    if "data_files" in options:
+        import pyarrow.parquet  # comes with datasets, which cannot read files without rows
+        files = [path for path in options["data_files"] if pyarrow.parquet.read_metadata(path).num_rows]
+        if not files:
+            return
+        options = {**options, "data_files": files}
     try:
         stream = datasets.load_dataset(split="train", streaming=True, **options)
     except datasets.exceptions.DatasetNotFoundError:
@@ -1050,7 +1072,12 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     if shard_tokens >= 2**31:
         raise UserError(f"--shard_tokens={shard_tokens} is too large: a shard's header counts tokens as int32")
     # doc_sep is recorded for text files only, so that a new default does not invalidate other prepared data.
-    has_text = any(s.fingerprint and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources)
+    is_text = [bool(s.fingerprint) and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources]
+    has_text = any(is_text)
+    if column != "text" and all(is_text):
+        raise UserError(f"--column is for tables; {source} is text")
+    if doc_sep != EOT and not has_text:
+        raise UserError(f"--doc_sep is for text files; {source} is none")
     settings = dict(
         source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint for s in sources),
         tokenizer=spec["name"], column=column, doc_sep=doc_sep if has_text else None, max_bytes=max_bytes,
@@ -1128,6 +1155,8 @@ def check_same_settings(out, old, new):
     for key in new:
         if old.get(key) != new[key]:
             how = f"with {key}={old.get(key)}, not {new[key]}"
+            if key == "tokenizer_fingerprint":
+                how = "with a tokenizer of its own"
             if key == "source_fingerprint":
                 how = f"from another version of {new['source']}"
             raise UserError(f"{out} was made {how}; remove it, or choose another folder")
@@ -1194,7 +1223,7 @@ def write_shards(out, sources, spec, settings, expected_tokens, from_workers):
             bar.update(sum(map(len, tokens_by_split.values())))
     gc.collect()  # a parquet reader abandoned half-way can abort Python's exit (huggingface/datasets 7467)
     writer.finish()
-    if not any(shard["split"] == "train" for shard in writer.shards):
+    if "worker" not in settings and not any(shard["split"] == "train" for shard in writer.shards):
         problem = "too little text to divide into train and val" if writer.shards else "no text"
         raise UserError(f"{settings['source']} holds {problem}")
     writer.shards.sort(key=lambda shard: SPLITS.index(shard["split"]))
@@ -1202,7 +1231,8 @@ def write_shards(out, sources, spec, settings, expected_tokens, from_workers):
         version=MANIFEST_VERSION, source=settings["source"], settings=settings, tokenizer=state["tokenizer"],
         tokenizer_fingerprint=tokenizer_fingerprint(enc), vocab_size=enc.n_vocab, eot=enc.eot_token,
         shards=writer.shards))
-    os.remove(os.path.join(out, PROGRESS))
+    with contextlib.suppress(FileNotFoundError):  # not written for a source without text
+        os.remove(os.path.join(out, PROGRESS))
     return writer.shards
 
 
@@ -1221,6 +1251,8 @@ def load_progress(folder, settings):
                             "choose another --out")
         return None, {}
     with reading(path, "a progress file", f"; remove {folder} and prepare it again"):
+        if any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
+            raise ValueError("compressed")
         with np.load(path) as arrays:
             pending = {split: arrays[split] for split in SPLITS if split in arrays}
             state = json.loads(arrays["state"].tobytes())
@@ -1228,6 +1260,8 @@ def load_progress(folder, settings):
         check_entries(state["shards"])
         source, _, count, n_bytes = state["position"]
         check_types([source, count, n_bytes], [0])
+        if min(source, count, n_bytes) < 0:
+            raise ValueError("below zero")
         if any(tokens.dtype != np.uint16 or tokens.ndim != 1 for tokens in pending.values()):
             raise TypeError("not tokens")
         if not state["shards"] and state["settings"] != settings:  # nothing is lost by starting again
@@ -1396,12 +1430,13 @@ def synthesize(prompts=None, endpoint=None, model=None, request="{}", concurrenc
     url = completions_url(endpoint)
     try:
         extra = json.loads(request)
-        body = {**extra, "model": model, "messages": list(extra.get("messages", []))}
+        split_system(extra.get("messages", []))
+        body = {**extra, "model": model, "messages": extra.get("messages", [])}
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(f"--request={request} must be a JSON object, such as {{\"temperature\": 0.7}}") from None
     wanted = read_prompts(prompts)
     with open_responses(out, model) as (file, answered):
-        todo = [prompt for prompt in wanted if prompt not in answered]
+        todo = deque(prompt for prompt in wanted if prompt not in answered)
         print(f"{out}: {len(wanted) - len(todo):,} of {len(wanted):,} prompts have a response", flush=True)
         missing, failures_in_a_row, n_cut = len(todo), 0, 0
         with progress_bar(len(wanted), "prompts", len(wanted) - len(todo)) as bar:
@@ -1411,7 +1446,7 @@ def synthesize(prompts=None, endpoint=None, model=None, request="{}", concurrenc
                     print(f"no response to {prompt[:60]!r}: {problem}", flush=True)
                     failures_in_a_row += server_failed
                     if failures_in_a_row == MAX_FAILURES:
-                        break
+                        todo.clear()  # answers under way are still saved
                     continue
                 row = dict(prompt=prompt, response=response, model=model, endpoint=url, finish_reason=detail,
                            time=int(time.time()), request=extra)
@@ -1439,22 +1474,31 @@ def completions_url(endpoint):
 
 
 def ask_all(url, body, prompts, concurrency):
-    """Yields what `ask` returns for each prompt, as it arrives; `concurrency` requests are under way at a time."""
+    """
+    Takes prompts from a deque, and yields what `ask` returns for each, as it arrives; `concurrency` requests are under
+    way at a time.
+    """
     session = open_session(concurrency)
-    prompts, running = iter(prompts), set()
+    running, error = set(), None
     with ThreadPoolExecutor(concurrency) as pool:
         while True:
-            for prompt in itertools.islice(prompts, concurrency - len(running)):
-                running.add(pool.submit(ask, session, url, body, prompt))
+            while prompts and len(running) < concurrency:
+                running.add(pool.submit(ask, session, url, body, prompts.popleft()))
             if not running:
-                return
+                break
             try:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
             except KeyboardInterrupt:
                 print("\ndataset.py: interrupted; the same command continues", file=sys.stderr, flush=True)
                 os._exit(130)  # without waiting for the requests under way, which can take minutes
             for future in done:
-                yield future.result()
+                try:
+                    yield future.result()
+                except UserError as e:  # no prompt will be answered, except for those under way
+                    error = e
+                    prompts.clear()
+    if error:
+        raise error
 
 
 def open_session(concurrency):
@@ -1478,7 +1522,7 @@ def open_session(concurrency):
 
 def ask(session, url, body, prompt):
     """-> (prompt, response, finish reason, False), or (prompt, None, what went wrong, whether the server failed)"""
-    from requests.exceptions import InvalidURL, RequestException
+    from requests.exceptions import InvalidHeader, InvalidURL, RequestException
     from urllib3.exceptions import DecodeError, HTTPError, LocationValueError, ProtocolError
     body = {**body, "messages": [*body["messages"], {"role": "user", "content": prompt}]}
     for attempt in range(TRIES):  # for malformed answers; urllib3 retries connection errors and bad statuses
@@ -1503,6 +1547,8 @@ def ask(session, url, body, prompt):
             if response := choice["message"]["content"].strip():
                 return prompt, response, choice.get("finish_reason"), False
             problem = "an empty response"
+        except InvalidHeader:
+            return prompt, None, "a Retry-After header that is not a whole number of seconds", True
         except (InvalidURL, LocationValueError):
             raise UserError(f"--endpoint: {url} is not an address") from None
         except (ProtocolError, DecodeError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -1581,7 +1627,8 @@ def parse_options():
     text.add_argument("--column", help="the column of tables that holds the text (default: text)")
     text.add_argument("--doc_sep", help="the line that separates documents of a text file; '' is a blank line "
                       f"(default: {EOT})")
-    text.add_argument("--max_bytes", type=positive, help="stop after the document that reaches this much text")
+    text.add_argument("--max_bytes", type=positive, help="stop after the document, or the piece of a long one, that "
+                      "reaches this much text")
     text.add_argument("--splits", help="percentages of the documents for train, val and test, such as 98/1/1 (default: "
                       "90/10, or 99/1 for sources known to be large)")
     text.add_argument("--worker", type=parse_worker, metavar="I/N", help="prepare part I, from 0, of N, each on a "

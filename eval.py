@@ -50,10 +50,7 @@ SAMPLES_AT_ONCE = 16
 def load(ckpt=None, out_dir=".", device="auto", dtype="auto"):
     """-> the model, its tokenizer, and what else its checkpoint says"""
     model, known = open_model(ckpt, out_dir, device, dtype)
-    enc = dataset.get_tokenizer(known["tokenizer"])
-    if model.cfg.n_tokens > enc.n_vocab:
-        raise UserError(f"{known['about']}: {model.cfg.n_tokens:,} tokens, but the tokenizer has {enc.n_vocab:,}")
-    return model, enc, known
+    return model, dataset.get_tokenizer(known["tokenizer"]), known
 
 
 load_cached = functools.lru_cache(maxsize=1)(load)
@@ -104,7 +101,7 @@ def make_generator(model, seed):
 
 
 def check_sampling(temperature, top_k, top_p, seed, stop):
-    checks = [("temperature", temperature, temperature == 0 or 1e-4 <= temperature < math.inf),
+    checks = [("temperature", temperature, 0 <= temperature < math.inf),
               ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1),
               ("seed", seed, seed is None or 0 <= seed < 2**63)]
     for name, value, is_in_range in checks:
@@ -244,10 +241,11 @@ def measure(model, enc, path, split="val", stride=None, limit=None, doc_mask=Fal
     trained with doc_mask never attended across documents, so with doc_mask it does not here either.
     """
     T, device = model.cfg.block_size, model.lm_head.weight.device
+    if split != "val" and not os.path.isdir(path):
+        raise UserError(f"--split is for a folder of shards; {path} is measured as a whole")
     if dataset.holds_pairs(path):
-        for name, is_used in (("limit", limit), ("stride", stride), ("split", split != "val")):
-            if is_used:
-                raise UserError(f"--{name} does not apply to pairs, which are measured as a whole")
+        if limit or stride:
+            raise UserError(f"--{'limit' if limit else 'stride'} does not apply to pairs")
         loader = DataLoader(Pairs(path, enc), "all", 1, T, doc_mask=True, device=device)
         batches = loader.validation_batches(loader.n_rows, max(1, 4096 // T))
         how = "responses, each pair on its own" + loader.rows.what_is_cut()
@@ -383,10 +381,8 @@ def sampling_options(request, defaults):
     options = {**defaults, **{name: request[name] for name in defaults if request.get(name) is not None}}
     for name, (low, high) in RANGES.items():  # a default, from the command line, may be outside
         value = options[name]
-        if value != defaults[name] and (type(value) not in (int, type(high)) or not low <= value <= high):
+        if value is not defaults[name] and (type(value) not in (int, type(high)) or not low <= value <= high):
             raise BadRequest(f"{name} must be a{' whole' if type(high) is int else ''} number from {low} to {high}")
-    if options["temperature"] < 1e-4:  # logits divided by it could overflow
-        options["temperature"] = 0
     stop = options["stop"]
     stops = [stop] if isinstance(stop, str) else stop
     is_valid = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= 100 for s in stops)
@@ -654,20 +650,20 @@ def model_card(n_parameters, known):
     """The README.md of an export: what the checkpoint says about how the model was trained"""
     settings, run = known.get("train_config", {}), known.get("run", {})
     last_val = run.get("last_val", {})
-    loss = f"validation loss at step {last_val.get('step')}, "
+    loss = f"validation loss at step {cell(last_val.get('step'), '')}, "
     facts = {
         "parameters": n_parameters, "recipe": settings.get("recipe"),
         "data": os.path.basename(str(settings.get("data", ""))) or None,
         "steps": known.get("step"), "tokens": run.get("tokens"), "seconds of training": run.get("seconds"),
         "cost in dollars": run.get("usd") or None, f"{loss}nats per token": last_val.get("loss"),
         f"{loss}bits per byte": last_val.get("bpb"),
-        f"HellaSwag at step {run.get('hella_step')}, acc_norm by token": run.get("hella")}
+        f"HellaSwag at step {cell(run.get('hella_step'), '')}, acc_norm by token": run.get("hella")}
     lines = []
     for name, value in facts.items():
         if isinstance(value, (int, float)):
             value = cell(value, ",.5g" if isinstance(value, float) else ",")
-        if value not in (None, "-"):
-            lines.append(f"- {name}: {value}")
+        if isinstance(value, str) and value != "-":
+            lines.append(f"- {name}: {value[:200]}")
     inputs = 'tokenizer(tokenizer.bos_token + "Once", return_tensors="pt")  # every text begins with bos_token'
     if known.get("template"):
         inputs = 'tokenizer.apply_chat_template([dict(role="user", content="Hello")], add_generation_prompt=True, ' \
@@ -748,7 +744,7 @@ def parse_options():
     p.add_argument("--compare", nargs="+", metavar="MODEL", help="print one table of several, each named as in --ckpt")
     hellaswag.add_task_options(p)
     p.add_argument("--limit", type=dataset.positive,
-                   help="use only the first tokens of --perplexity; with --compare, each task's first examples")
+                   help="with --perplexity, use only the first tokens; with --compare, each task's first examples only")
     p.add_argument("--export", metavar="DIR", help="write the model for transformers")
     defaults = {k: v.default for k, v in inspect.signature(generate_text).parameters.items()}
     p.set_defaults(**{**defaults, "prompt": None, "stop": [], "max_new_tokens": 200})
@@ -768,6 +764,10 @@ def parse_options():
     for name, owner in owners.items():
         if not owner and getattr(a, name) != p.get_default(name):
             raise UserError(f"--{name} belongs to --{'compare' if name in ('task', 'data') else 'perplexity'}")
+    if a.compare or a.perplexity or a.export:
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed"):
+            if getattr(a, name) != p.get_default(name):
+                raise UserError(f"--{name} is for generating text, not for --{jobs[0]}")
     return a
 
 

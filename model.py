@@ -22,14 +22,16 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from dataset import (DTYPES, TOKENIZER_SPEC, UserError, ask_hub, check_spec, check_types, read_json, read_spec, reading,
-                     write_atomically, write_json)
+from dataset import (DTYPES, TOKENIZER_SPEC, UserError, ask_hub, check_spec, check_types, get_tokenizer, read_json,
+                     read_spec, reading, write_atomically, write_json)
 
 GPT2_TOKENS = 50257
 GPT2_PADDED = 50304  # the next multiple of 128: matrix products are faster
 MAX_SIZE = 2**17  # of any number in a shape: a larger one is a mistake or a damaged file
 # cuDNN's attention is the fastest in the long run, but spends 25 ms or more on each new shape.
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+NOT_FINITE = "the model's output is not finite: its training has diverged, or its weights are damaged"
 
 CHOICES = {
     "pos": ("learned", "sinusoidal", "rotary"),
@@ -478,7 +480,7 @@ class GPT(nn.Module):
         cache.write_at, cache.end = slice(idx.size(1)), idx.size(1)
         x = self.hidden(idx, cache=cache)  # (B, T, C)
         if not x.isfinite().all():
-            raise UserError("the model's output is not finite: its training has diverged, or its weights are damaged")
+            raise UserError(NOT_FINITE)
         return x[torch.arange(len(rows), device=x.device), torch.tensor(cache.lengths, device=x.device) - 1]
 
     def decode_step(self, token, cache):
@@ -598,7 +600,7 @@ def graph_stream(device):
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """logits (B, vocab) -> one token per row, (B, 1). Temperature 0 takes the most likely one."""
-    if temperature == 0:
+    if temperature < 1e-4:  # logits divided by it could overflow
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float() / temperature, None
     use_top_p = top_p is not None and top_p < 1
@@ -612,7 +614,10 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         drop = probs.cumsum(dim=-1) - probs >= top_p
         drop[:, 0] = False  # the most likely one stays
         probs = probs.masked_fill(drop, 0)
-    choice = torch.multinomial(probs, 1, generator=generator)
+    try:
+        choice = torch.multinomial(probs, 1, generator=generator)
+    except RuntimeError:  # on a CPU; CUDA does not check
+        raise UserError(NOT_FINITE) from None
     return choice if ids is None else ids.gather(-1, choice)
 
 
@@ -745,7 +750,9 @@ def load_file(path, mapped=False):
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            records = archive.infolist()
+            # torch would find another list of records than Python if there were something before the first
+            if any(record.compress_type for record in records) or min(record.header_offset for record in records):
                 raise ValueError("compressed")
             if part := archive.testzip():
                 raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
@@ -789,10 +796,13 @@ def read_checkpoint(path, mapped=False):
             if any((part["step"], part["data_fingerprint"]) != (ckpt["step"], ckpt["data_fingerprint"])
                    for part in parts):
                 raise ValueError("parts of different runs")
+            for part in parts:
+                check_sharing(part["model"].values())
             ckpt["model"] = join_parts([part["model"] for part in parts], torch.cat)
             ckpt["optimizers"] = [join_parts(o, list) for o in zip(*(part["optimizers"] for part in parts))]
         if "version" not in ckpt:
             return ckpt
+        check_types(ckpt, dict(version=0))
         if ckpt["version"] != CHECKPOINT_VERSION:
             raise UserError(f"{path} has checkpoint version {ckpt['version']}; this program reads version "
                             f"{CHECKPOINT_VERSION}")
@@ -832,11 +842,20 @@ def repeats_values(tensor):
     return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
+def check_sharing(tensors):
+    """Raises an error if tensors would take far more memory than what they share: a tied head may be stored twice."""
+    tensors = list(filter(torch.is_tensor, tensors))
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    if sum(t.numel() * t.element_size() for t in tensors) > 2 * sum(storages.values()):
+        raise ValueError("repeats its values")
+
+
 def build_model(cfg, weights, source):
     """A model with the weights of a state dict. Nothing is allocated before their names and shapes are known to fit."""
     with reading(source, "a model's weights"):
         masks = (".attn.bias", ".attn.masked_bias")  # causal masks, stored by old versions of other projects
         weights = {name: tensor for name, tensor in weights.items() if not name.endswith(masks)}
+        check_sharing(weights.values())
         if (n_layer := count_layers(weights)) != cfg.n_layer:
             raise UserError(f"{source} does not fit the model: it has {n_layer} layers, not {cfg.n_layer}")
         with torch.device("meta"):
@@ -849,6 +868,8 @@ def build_model(cfg, weights, source):
                 problems.append(f"{k} is {tuple(weights[k].shape)}, not {tuple(expected[k].shape)}")
             elif repeats_values(weights[k]):
                 problems.append(f"{k} repeats its values")
+            elif not weights[k].is_floating_point():
+                problems.append(f"{k} is of type {weights[k].dtype}")
             elif not weights[k].isfinite().all():
                 problems.append(f"{k} has values that are not finite: training diverged, or the file is damaged")
         if problems:
@@ -892,6 +913,10 @@ def load_checkpoint(name, device="cpu"):
         model = load_hugging_face(name)
         if os.path.exists(spec):
             model.cfg.n_tokens = model.cfg.vocab_size  # without padding
+    if rest["tokenizer"]["name"] != "gpt2":  # which one would have to download
+        n_vocab = get_tokenizer(rest["tokenizer"]).n_vocab
+        if n_vocab != model.cfg.n_tokens:
+            raise UserError(f"{name} has {model.cfg.n_tokens:,} tokens, but its tokenizer has {n_vocab:,}")
     return model.to(device).eval(), rest
 
 

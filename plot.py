@@ -35,8 +35,13 @@ TYPICAL = {
 }
 
 
+def printable(text):
+    """Without the control characters of a hostile file's name"""
+    return "".join(filter(str.isprintable, text))
+
+
 def fail(message):
-    sys.exit(f"plot.py: {message}")
+    sys.exit(printable(f"plot.py: {message}"))
 
 
 def read_log(path):
@@ -62,7 +67,8 @@ def read_log(path):
             step, stream, value, *rest = line.split()
             fields = dict(pair.split("=", 1) for pair in rest)
             numbers = {k: float(v) for k, v in fields.items() if v != "n/a"}
-            if 0 <= int(step) < 2**53:
+            is_drawable = not any(1e30 < abs(v) < math.inf for v in (float(value), *numbers.values()))
+            if is_drawable and 0 <= int(step) < 2**53:
                 streams.setdefault(stream, {})[int(step)] = float(value), numbers
         except ValueError:
             continue
@@ -78,7 +84,7 @@ def read_header(text):
         start = int(header.get("step", 2**53))
         if not (0 < tokens < 2**53 and 0 <= start <= 2**53):
             return {}
-        references = {str(k): float(v) for k, v in header.get("references", {}).items()}
+        references = {str(k)[:50]: min(1.0, max(0.0, float(v))) for k, v in [*header.get("references", {}).items()][:9]}
         source = (str(header.get("recipe", "")), os.path.basename(str(config.get("data", ""))),
                   int(header.get("parameters", 0)))
         return dict(source=source, start=start, tokens=tokens, references=references,
@@ -208,7 +214,7 @@ def print_chart(paths, kind="step"):
         print(f"{high - (high - low) * i / (height - 1):8.3f} {''.join(row).rstrip()}")
     print(f"{'':9}{0:<{width - 12}}{right:>12,.6g}  {kind}".rstrip())
     for letter, name, end in zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), short_names(paths), ends):
-        print(f"{letter}: {name}, {end}")
+        print(printable(f"{letter}: {name}, {end}"))
 
 
 def plot(paths, out, kind="step", dark=False):

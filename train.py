@@ -65,7 +65,7 @@ tokenizer = "gpt2"  # for a file in data: gpt2, byte, bpe:N, a folder of prepare
 out_dir = "."  # log.txt and checkpoints/ go here
 init_from = ""  # start from these weights: a checkpoint, a run's folder, a Hugging Face folder, or a name such as gpt2
 resume = ""  # continue from: newest (also without a value), a checkpoint, a run's folder, or auto (newest, if any)
-new_data = False  # resume even though the data is not what the checkpoint was trained on
+new_data = False  # with resume: the data may be other than what the checkpoint was trained on
 seed = 1337  # of weights, dropout and data order
 total_batch_size = 524_288  # tokens per step, over all processes
 micro_batch = 0  # sequences per forward pass; 0: as many as fit
@@ -89,7 +89,7 @@ beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
 grad_clip = 1.0  # largest gradient norm; 0: no limit
-spike_guard = 0.0  # skip a step whose loss or norm is this many standard deviations above its recent mean; 0: never
+spike_guard = 0.0  # skip a step with a loss or norm so many deviations above the mean of the last 128; 0: never
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16 | float16
 tf32 = True  # multiply float32 matrices in TensorFloat-32 on CUDA
@@ -113,7 +113,7 @@ usd_per_gpu_hour = 0.0  # price of a GPU-hour, to add up the cost of the trainin
 wandb_project = ""  # log to Weights & Biases too
 dry_run = False  # print what the run would be and cost, and stop
 gpu = "RTX 4090,A100,H100"  # the GPUs for which dry_run says what the run would take
-bench = ""  # time this many steps, print one line of JSON, and stop; or ladder: measure each speed-up in turn
+bench = ""  # only time this many steps, and print one line of JSON; or ladder: measure each speed-up in turn
 profile = ""  # write a trace of the last steps to this file, for ui.perfetto.dev, and print what took their time
 
 # -- tables
@@ -130,12 +130,16 @@ ALLOWED = {
     "compile": ("auto", "true", "false"), "parallel": ("ddp", "zero2", "zero3"),
     "reduce_dtype": ("float32", "bfloat16"), **CHOICES}
 WITHOUT_VALUE = {"resume": "newest", "compile": "true"}  # these options of text may stand alone
+# Options that do nothing without another option, or without this value of it
+NEEDS = {"distill_alpha": "teacher", "distill_temperature": "teacher", "muon_lr": "optimizer=muon",
+         "cooldown": "schedule=wsd", "new_data": "resume", "patience": "val_interval", "gpu": "dry_run"}
 BELOW_ONE = (0, 1 - 1e-9)
 # Allowed ranges. Of options that are not listed: 0 to 2**63 - 1 for integers, 0 to infinity for floats
 LIMITS = {
     "beta1": BELOW_ONE, "beta2": BELOW_ONE, "dropout": BELOW_ONE, "cooldown": (0, 1), "distill_alpha": (0, 1),
     "distill_temperature": (1e-3, 1e3), "total_batch_size": (1, 2**40), "keep": (1, 2**40), "val_tokens": (1, 2**40),
-    "log_interval": (1, 2**40), **dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), (1, MAX_SIZE))}
+    "log_interval": (1, 2**40), "epochs": (0, 1e9),
+    **dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), (1, MAX_SIZE))}
 # Not restored from a checkpoint: options of a single launch, and paths, since the file may come from a stranger.
 NOT_RESUMED = ("config", "init_from", "resume", "new_data", "dry_run", "gpu", "bench", "profile", "out_dir", "data",
                "teacher")
@@ -297,11 +301,13 @@ def configure(argv):
     command, file = parse(parser, argv), {}
     if path := command.get("config"):
         file = parse_values(parser, read_config(path), f"config {path}")
+        if "config" in file:
+            raise UserError(f"config {path} names another, {file['config']}; only one is read")
     asked = {**file, **command}
     name = asked.get("recipe", recipe)
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}" + dataset.suggest(name, RECIPES))
-    ckpt = None if asked.get("bench") else find_resume({**SETTINGS, **asked})
+    ckpt = find_resume({**SETTINGS, **asked})
     settings = dict(SETTINGS)
     for layer in (resumed_settings(parser, ckpt, asked) if ckpt else RECIPES[name], file, command):
         # What a layer says about the length of the run replaces what earlier layers say.
@@ -319,13 +325,17 @@ def configure(argv):
         raise UserError(f"min_lr={settings['min_lr']:g} is above max_lr={settings['max_lr']:g}; lower it too")
     if unknown := [name for name in map(str.strip, settings["gpu"].split(",")) if name not in PEAK_TFLOPS]:
         raise UserError(f"gpu={unknown[0]} is none of {', '.join(PEAK_TFLOPS)}")
-    if asked.get("patience") and not settings["val_interval"]:
-        raise UserError("patience needs a val_interval above 0")
-    if (used := [k for k in ("distill_alpha", "distill_temperature") if k in asked]) and not settings["teacher"]:
-        raise UserError(f"{used[0]} is for a teacher; name one with --teacher")
+    for name in (name for name, value in command.items() if value and name in NEEDS):
+        other, _, value = NEEDS[name].partition("=")
+        if not settings[other] or value and settings[other] != value:
+            raise UserError(f"--{name} does nothing without --{NEEDS[name]}")
+    if settings["muon_lr"] and not settings["max_lr"]:
+        raise UserError("muon_lr follows the schedule of max_lr, which is 0")
+    if settings["bench"] and (settings["resume"] or settings["dry_run"]):
+        raise UserError(f"--bench and --{'resume' if settings['resume'] else 'dry_run'} cannot be combined")
     if not os.path.isdir(os.path.dirname(settings["profile"]) or ".") or os.path.isdir(settings["profile"]):
         raise UserError(f"--profile={settings['profile']} must name a file, in a folder that exists")
-    if re.fullmatch(r"[1-9]\d*", settings["bench"]):
+    if re.fullmatch(r"[1-9]\d{0,8}", settings["bench"]):
         settings.update({k: 0 for k in settings if k.endswith("_interval")})
         settings.update(max_steps=int(settings["bench"]), max_minutes=0.0, patience=0)
         if "data" not in asked and not os.path.exists(settings["data"]):
@@ -398,12 +408,13 @@ def check_fixed(has, asked, path):
 
 def get_lr(step):
     """The learning rate of step 0, 1, ...: linear warm-up, then a cosine, or a plateau and a linear decay, to min_lr"""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
+    warmup = min(warmup_steps, max_steps // 10) if max_minutes else warmup_steps  # few steps may fit into the time
+    if step < warmup:
+        return max_lr * (step + 1) / warmup
     if schedule == "cosine":
-        progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+        progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
         return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
-    decay_steps = min(round(cooldown * max_steps), max_steps - warmup_steps)
+    decay_steps = min(round(cooldown * max_steps), max_steps - warmup)
     left = min(1.0, (max_steps - step) / max(1, decay_steps))
     return min_lr + left * (max_lr - min_lr)
 
@@ -424,7 +435,8 @@ def divide_batch(world_size):
 
 
 def divisors(n):
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
 
 
 def count_steps(n_rows, sequences, step=0, position=0):
@@ -1163,8 +1175,12 @@ def read_run(path):
         dataset.check_types(ckpt, dict(
             run=like, step=0, micro_batch=0, loader=dict(position=0), data_fingerprint="", train_config={},
             optimizers=[dict(state={})], scaler={}))
-        if min(run["step"], run["skipped"], ckpt["micro_batch"], ckpt["loader"]["position"]) < 0:
-            raise ValueError("below zero")
+        counts = [ckpt["micro_batch"], ckpt["loader"]["position"], *(
+            run[name] for name in ("step", "skipped", "stale", "tokens", "seconds", "usd"))]
+        if not all(0 <= n < 2**53 for n in counts):
+            raise ValueError("out of range")
+        if not all(len(pair) == 2 and max(map(abs, pair)) < 1e150 for pair in run["recent"]):
+            raise ValueError("not pairs of finite numbers")
         if run["step"] != ckpt["step"] or not re.fullmatch(r"[\w-]*", run["wandb_id"] or ""):
             raise ValueError("not a run")
     return ckpt
@@ -1216,7 +1232,7 @@ class Saver:
         is_file = all_sum(self.device, os.path.isfile(path))[0] > 0
         if ckpt_shards and parallel != "ddp" and self.count > 1 and not is_file:
             path, collect, is_writing = part_path(path, self.rank, self.count), own_part, True
-        elif os.path.isdir(path):
+        elif os.path.isdir(path) and not os.path.islink(path):
             path = part_path(path, 0, 1)
         weights = {name: p.detach() for name, p in model.named_parameters()}  # lists a tied head once, as wte
         weights = copy_to_host(weights, collect, is_writing)
@@ -1283,7 +1299,7 @@ def remove_unfinished():
         is_incomplete = re.fullmatch(r"model_\d+\.pt", name) and not checkpoint_files(path)
         if is_incomplete:
             print(f"{path} lacks parts: removed", flush=True)
-        if is_incomplete or name.endswith(".tmp"):
+        if is_incomplete or re.fullmatch(r"model_\d+\.pt\.tmp", name):
             remove_path(path)
 
 
@@ -1317,18 +1333,25 @@ def restore(ckpt, optimizers, scaler, loader, device):
         loader.load_state_dict(ckpt["loader"])
         for o, state in zip(optimizers, ckpt["optimizers"], strict=True):
             params = [p for group in o.param_groups for p in group["params"]]
+            names = {"momentum_buffer"} if isinstance(o, Muon) else {"step", "exp_avg", "exp_avg_sq"}
             for i, moments in state["state"].items():
+                if moments.keys() != names:
+                    raise ValueError(f"the state of parameter {i}")
                 for name, value in moments.items():
                     if isinstance(value, list):  # of its parts, each in a file
                         if (sum(map(len, value)), *value[0].shape[1:]) != params[i].shape:  # before memory is taken
                             raise ValueError(f"{name} of parameter {i}")
                         value = torch.cat(value)
-                    if value.shape not in (params[i].shape, ()) or not value.isfinite().all():
+                    # torch's kernels do not check shapes: a wrong one would let them write anywhere
+                    if value.shape != (() if name == "step" else params[i].shape) or not value.isfinite().all():
                         raise ValueError(f"{name} of parameter {i}")
                     moments[name] = shard_like(params[i], value.to(device, copy=True))  # the file is mapped
             # The moments are the checkpoint's; weight decay, betas and so on are those of the present settings.
             o.load_state_dict({**state, "param_groups": o.state_dict()["param_groups"]})
         if ckpt["scaler"] and scaler.is_enabled():
+            dataset.check_types(ckpt["scaler"], scaler.state_dict())
+            if not all(0 <= number < 2**128 for number in ckpt["scaler"].values()):
+                raise ValueError("a scale")
             scaler.load_state_dict(ckpt["scaler"])
     return run
 
@@ -1377,6 +1400,10 @@ def prepare_out_dir(run, ckpt):
     """Renames an older run's files, or checkpoints later than the one resumed from: nothing is overwritten."""
     log, checkpoints = os.path.join(out_dir, "log.txt"), os.path.join(out_dir, "checkpoints")
     resumes_here = ckpt and os.path.samefile(os.path.dirname(ckpt["path"]) or ".", checkpoints)
+    foreign = [name for name in os.listdir(checkpoints) if not re.match(r"model_\d+(\.\d+)?\.pt", name)]
+    for path, is_odd in ((log, True), (checkpoints, foreign)):  # links in a stranger's folder could lead anywhere
+        if os.path.islink(path) and is_odd:
+            raise UserError(f"{path} is a link to something else; choose another --out_dir")
     remove_unfinished()
     if resumes_here:
         old = [path for path in find_checkpoints(out_dir) if checkpoint_step(path) > run["step"]]
@@ -1440,11 +1467,11 @@ def describe(model, world_size, sequences, n_rows, begin, device_name):
     passes = f" = {rows / n_rows:.2f} epochs" if n_rows else ""
     length = f"{max_steps:,} steps = {tokens:,} tokens{since}{passes}, {model.flops_per_token() * tokens:.2e} FLOPs"
     if not max_steps:
-        length = f"{epochs:g} epochs; the steps are known once the data is prepared"
+        length = f"{epochs:g} epochs; the steps are known once the data is there"
     if max_minutes:
         length = f"{max_minutes:g} minutes of training"
     print(f"run: {length}")
-    if 0 < max_steps <= warmup_steps:
+    if 0 < max_steps < warmup_steps:
         print(f"warm-up: takes the whole run, so the learning rate only reaches {get_lr(max_steps - 1):.1e}; lower "
               "--warmup_steps")
     print(f"device: {device_name}", flush=True)
@@ -1453,12 +1480,14 @@ def describe(model, world_size, sequences, n_rows, begin, device_name):
 def print_plan(world_size, sequences, model, spec, begin, network=None):
     """--dry_run: describes the run and its cost, without creating a model or preparing data."""
     global max_steps
-    folder = find_data() if os.path.isdir(find_data()) else text_folder(spec)
+    path = find_data()
+    folder = path if os.path.isdir(path) else text_folder(spec)
     source = dataset.SOURCES.get(os.path.basename(data), {})
     manifest, n_rows = dataset.read_manifest(folder), 0
     data_bytes = sum(map(os.path.getsize, glob.glob(f"{glob.escape(folder)}/*.*")))
     try:
-        n_rows = DataLoader(folder, "train", 1, block_size, stride=stride).n_rows
+        rows = Pairs(path, dataset.get_tokenizer(spec)) if dataset.holds_pairs(path) else folder
+        n_rows = DataLoader(rows, "train", 1, block_size, stride=stride).n_rows
     except UserError:
         if manifest:
             raise
@@ -1482,12 +1511,15 @@ def print_plan(world_size, sequences, model, spec, begin, network=None):
         print(f"network: {machines}; exchanging {gradients / 2**30:.2f} GiB of gradients takes "
               f"{gradients * seconds_per_byte:.2g} s")
     print_sizes(model, world_size, data_bytes)
+    price = f"at ${usd_per_gpu_hour:g} per GPU-hour"
+    if max_minutes and usd_per_gpu_hour:
+        print(f"cost: ${dollars(60 * max_minutes, world_size):,.2f} {price}")
     for name in map(str.strip, gpu.split(",")) if max_steps else ():
         flops = model.flops_per_token() * (max_steps - begin[0]) * total_batch_size
         seconds = flops / (0.4 * PEAK_TFLOPS[name] * 1e12 * world_size)
         line = f"cost: {tqdm.format_interval(seconds)} on {world_size} x {name} at 40% of its peak"
         if usd_per_gpu_hour:
-            line += f", ${dollars(seconds, world_size):,.2f} at ${usd_per_gpu_hour:g} per GPU-hour"
+            line += f", ${dollars(seconds, world_size):,.2f} {price}"
         print(line)
 
 
@@ -1527,6 +1559,8 @@ def vocabulary_of(spec):
 
 def run_ladder(asked):
     """--bench=ladder: each technique of LADDER on top of those before it, in a process of its own"""
+    if used := [name for name in asked if name == "profile" or any(name in change for change in LADDER.values())]:
+        raise UserError(f"--bench=ladder and --{used[0]} cannot be combined")
     device = pick_device(asked.get("device", SETTINGS["device"]))
     on_cuda = device.type == "cuda"
     gpus = torch.cuda.device_count() if on_cuda else 1
@@ -1683,8 +1717,8 @@ def print_summary(run, stopped, problem):
         if patience and best in paths and best != path:
             path, where = best, f" --ckpt={shlex.quote(best)}"
         print(f"{path}; to try it: python eval.py{where}")
-    elif not ckpt_interval:
-        print("no checkpoint was saved: ckpt_interval is 0")
+    if not (stopped or ckpt_interval or checkpoint_path(run["step"]) in paths):
+        print(f"step {run['step']} was not saved: ckpt_interval is 0")
     values = dict(val_loss=run["last_val"]["loss"], bpb=run["last_val"]["bpb"], hellaswag=run["hella"], usd=run["usd"])
     values = {name: value if math.isfinite(value) else None for name, value in values.items()}
     print(json.dumps(dict(recipe=recipe, step=run["step"], tokens=run["tokens"], seconds=round(run["seconds"], 1),
@@ -1753,6 +1787,8 @@ if __name__ == "__main__":
             raise UserError(f"{data} is not the data that {ckpt['path']} was trained on; --new_data resumes all the "
                             "same")
         forget_data(ckpt)
+    else:
+        new_data = False
     held_out = open_held_out(source, options)
     begin = begin_of(ckpt)
     max_steps = count_steps(loader.n_rows, sequences * world_size, *begin)
@@ -1847,6 +1883,8 @@ if __name__ == "__main__":
             with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
                 run["evaluated"] = evaluate(run, B=loader.B, **evaluation)
             stop = not run["evaluated"]
+        if not has_changed and is_new_best(run):
+            run["best"] = dict(run["last_val"])  # on new data, by the checkpoint resumed from
         checkpoint_due = step > 0 and is_due(ckpt_interval, run) or patience and is_new_best(run)
         if not bench and has_changed and (stop or checkpoint_due):
             saver.save(run, constants, raw_model, optimizers, scaler, loader)
