@@ -1052,6 +1052,16 @@ def encode_batches(batches, enc):
         yield from ((future.result(), position) for future, position in waiting)
 
 
+def find_text(source, sources, column, doc_sep):
+    """Whether any of the sources are text files, which have a --doc_sep; tables have a --column"""
+    is_text = [bool(s.fingerprint) and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources]
+    if column != "text" and all(is_text):
+        raise UserError(f"--column is for tables; {source} is text")
+    if doc_sep != EOT and not any(is_text):
+        raise UserError(f"--doc_sep is for text files; {source} is none")
+    return any(is_text)
+
+
 def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_sep=EOT, max_bytes=None, splits=None,
             shard_tokens=SHARD_TOKENS, worker=None):
     """
@@ -1071,13 +1081,8 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     split_shares(splits)  # an error now rather than later
     if shard_tokens >= 2**31:
         raise UserError(f"--shard_tokens={shard_tokens} is too large: a shard's header counts tokens as int32")
+    has_text = find_text(source, sources, column, doc_sep)
     # doc_sep is recorded for text files only, so that a new default does not invalidate other prepared data.
-    is_text = [bool(s.fingerprint) and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources]
-    has_text = any(is_text)
-    if column != "text" and all(is_text):
-        raise UserError(f"--column is for tables; {source} is text")
-    if doc_sep != EOT and not has_text:
-        raise UserError(f"--doc_sep is for text files; {source} is none")
     settings = dict(
         source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint for s in sources),
         tokenizer=spec["name"], column=column, doc_sep=doc_sep if has_text else None, max_bytes=max_bytes,
@@ -1258,12 +1263,17 @@ def load_progress(folder, settings):
             state = json.loads(arrays["state"].tobytes())
         check_spec(state["tokenizer"])
         check_entries(state["shards"])
-        source, _, count, n_bytes = state["position"]
-        check_types([source, count, n_bytes], [0])
-        if min(source, count, n_bytes) < 0:
-            raise ValueError("below zero")
+        source, in_source, count, n_bytes = state["position"]
+        is_number = in_source is not None and not isinstance(in_source, dict)  # else nothing, or a state of datasets
+        numbers = [source, count, n_bytes] + [in_source] * is_number
+        check_types(numbers, [0])
+        if not all(0 <= n < 2**53 for n in numbers):
+            raise ValueError("out of range")
         if any(tokens.dtype != np.uint16 or tokens.ndim != 1 for tokens in pending.values()):
             raise TypeError("not tokens")
+        n_vocab = get_tokenizer(state["tokenizer"]).n_vocab
+        if any(tokens.max(initial=0) >= n_vocab for tokens in pending.values()):
+            raise ValueError("not tokens of this tokenizer")
         if not state["shards"] and state["settings"] != settings:  # nothing is lost by starting again
             return None, {}
         check_same_settings(folder, state["settings"], settings)
@@ -1531,6 +1541,8 @@ def ask(session, url, body, prompt):
         try:
             answer = session.post(url, json=body, timeout=(30, TIMEOUT), allow_redirects=False, stream=True)
             content = answer.raw.read(MAX_ANSWER, decode_content=True)
+            if key := session.headers.get("Authorization", "").removeprefix("Bearer "):
+                content = content.replace(key.encode(), b"***")  # a server may repeat what it was sent
             status = answer.status_code
             if status in (401, 403):  # no prompt will ever be answered
                 has_key = "Authorization" in session.headers

@@ -1154,6 +1154,31 @@ def test_a_strangers_tokenizer_is_checked(spec):
         dataset.check_spec(spec)
 
 
+@pytest.mark.parametrize("position, token", [
+    ((0, -1, 0, 0), 1), ((0, "x", 0, 0), 1), ((0, 2**70, 0, 0), 1), ((-5, None, 0, 0), 1), ((0, 3, 0, 0), 400)])
+def test_a_strangers_progress_is_checked(tmp_path, position, token):
+    state = dict(settings={}, tokenizer={"name": "byte"}, shards=[], position=position)
+    dataset.save_progress(str(tmp_path), state, {"train": np.full(3, token, dtype=np.uint16)})
+    with pytest.raises(UserError, match="is not a progress file, or is damaged"):
+        dataset.load_progress(str(tmp_path), {})
+
+
+def test_a_key_that_a_server_repeats_is_neither_printed_nor_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+
+    def answer(prompt, n):
+        if prompt == "bad":
+            return 400, {}, b'{"error": {"message": "Bearer sk-secret is not enough"}}'
+        status, headers, body = completion(prompt)
+        return status, headers, body.replace(b"ECHO", b"sk-secret")
+
+    with serving(answer=answer) as (url, _), pytest.raises(UserError) as e:
+        synthesize(tmp_path, url, ["echo", "bad"])
+    printed = capsys.readouterr()
+    written = (tmp_path / "out.jsonl").read_text()
+    assert "***" in written and "secret" not in written + str(e.value) + printed.out + printed.err
+
+
 def test_progress_that_is_compressed_is_refused(tmp_path):
     np.savez_compressed(tmp_path / "progress.npz", state=np.zeros(9, dtype=np.uint8))
     with pytest.raises(UserError, match="is not a progress file, or is damaged .ValueError."):

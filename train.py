@@ -325,10 +325,11 @@ def configure(argv):
         raise UserError(f"min_lr={settings['min_lr']:g} is above max_lr={settings['max_lr']:g}; lower it too")
     if unknown := [name for name in map(str.strip, settings["gpu"].split(",")) if name not in PEAK_TFLOPS]:
         raise UserError(f"gpu={unknown[0]} is none of {', '.join(PEAK_TFLOPS)}")
-    for name in (name for name, value in command.items() if value and name in NEEDS):
-        other, _, value = NEEDS[name].partition("=")
-        if not settings[other] or value and settings[other] != value:
-            raise UserError(f"--{name} does nothing without --{NEEDS[name]}")
+    for name, needed in NEEDS.items():
+        other, _, value = needed.partition("=")
+        is_met = settings[other] == value if value else settings[other]
+        if command.get(name) and not is_met:
+            raise UserError(f"--{name} does nothing without --{needed}")
     if settings["muon_lr"] and not settings["max_lr"]:
         raise UserError("muon_lr follows the schedule of max_lr, which is 0")
     if settings["bench"] and (settings["resume"] or settings["dry_run"]):
@@ -1877,7 +1878,7 @@ if __name__ == "__main__":
         run["step"] = step
         if max_minutes:
             max_steps = steps_in_time(run, times, device)
-        # Since the checkpoint resumed from. That it will go on with new data is no reason to overwrite it.
+        # Whether the checkpoint resumed from lacks anything, apart from its new data
         has_changed = step > first_step or not (run["evaluated"] or new_data)
         if not run["evaluated"] and not stop:
             with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
