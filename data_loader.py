@@ -207,7 +207,7 @@ class PackedPairs:
             raise UserError(f"block_size={T} is too small for pairs, which need at least three tokens")
         self.pairs, self.T, self.indices = pairs, T, pairs.indices[split]
         if len(self.indices) == 0:
-            raise NoSplit(f"{pairs.path} has no {split} split: it takes at least two pairs")
+            raise NoSplit(f"{pairs.path} has no {split} split: that takes at least two pairs")
         self.lengths = np.diff(pairs.offsets)[self.indices]
         rows = pack(np.minimum(self.lengths, T), T)
         self.rows = [self.indices[row] for row in rows]

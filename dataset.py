@@ -205,11 +205,12 @@ def dtype_name(text):
 
 def write_atomically(path, write):
     """`write(file)` fills a temporary file, which is flushed to disk and renamed: a visible file is complete."""
+    def open_no_link(name, flags):  # in a stranger's folder it could lead anywhere
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
     temporary = path + ".tmp"
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)  # left by a kill
-        with open(temporary, "xb") as f:  # x: not through a link, which in a stranger's folder could lead anywhere
+        with open(temporary, "wb", opener=open_no_link) as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -598,6 +599,7 @@ class Source(NamedTuple):
     tokens: float = 0  # roughly what it holds, 0 if unknown
     fingerprint: str = ""  # of local files, to notice a changed text
     n_pieces: int = 0  # of a text that is one document, so that its end can be held out; else 0
+    is_text: bool = False  # text files, which --doc_sep divides; tables have a --column
 
 
 class Worker(NamedTuple):
@@ -693,7 +695,8 @@ def open_files(name, paths, column, doc_sep, worker):
         read, n_pieces = open_text(paths, size, doc_sep)
     folder = re.sub(r"[^\w.-]+", "", os.path.splitext(os.path.basename(name))[0])
     # about 4 bytes per token
-    return Source(folder, os.path.basename(name), read, size / 4, fingerprint(paths), n_pieces)
+    is_text = not kinds & {".jsonl", ".parquet"}
+    return Source(folder, os.path.basename(name), read, size / 4, fingerprint(paths), n_pieces, is_text)
 
 
 def check_divisible(name, n, worker):
@@ -735,11 +738,17 @@ def download(url, path):
     return path
 
 
+@functools.cache
+def file_digest(path, size, changed):  # the last two tell versions apart
+    with reading(path, "a file"), open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()
+
+
 def fingerprint(paths):
     digest = hashlib.sha256()
     for path in paths:
-        with reading(path, "a file"), open(path, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+        status = os.stat(path)
+        digest.update(file_digest(path, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:16]
 
 
@@ -1052,14 +1061,11 @@ def encode_batches(batches, enc):
         yield from ((future.result(), position) for future, position in waiting)
 
 
-def find_text(source, sources, column, doc_sep):
-    """Whether any of the sources are text files, which have a --doc_sep; tables have a --column"""
-    is_text = [bool(s.fingerprint) and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources]
-    if column != "text" and all(is_text):
+def check_kinds(source, sources, column, doc_sep):
+    if column != "text" and all(s.is_text for s in sources):
         raise UserError(f"--column is for tables; {source} is text")
-    if doc_sep != EOT and not any(is_text):
-        raise UserError(f"--doc_sep is for text files; {source} is none")
-    return any(is_text)
+    if doc_sep != EOT and not any(s.is_text for s in sources):
+        raise UserError(f"--doc_sep is for text files; {source} is not one")
 
 
 def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_sep=EOT, max_bytes=None, splits=None,
@@ -1081,8 +1087,9 @@ def prepare(source="fineweb-edu", tokenizer=None, out=None, column="text", doc_s
     split_shares(splits)  # an error now rather than later
     if shard_tokens >= 2**31:
         raise UserError(f"--shard_tokens={shard_tokens} is too large: a shard's header counts tokens as int32")
-    has_text = find_text(source, sources, column, doc_sep)
+    check_kinds(source, sources, column, doc_sep)
     # doc_sep is recorded for text files only, so that a new default does not invalidate other prepared data.
+    has_text = any(s.fingerprint and not s.label.lower().endswith((".jsonl", ".parquet")) for s in sources)
     settings = dict(
         source=",".join(s.label for s in sources), source_fingerprint=",".join(s.fingerprint for s in sources),
         tokenizer=spec["name"], column=column, doc_sep=doc_sep if has_text else None, max_bytes=max_bytes,
@@ -1256,16 +1263,18 @@ def load_progress(folder, settings):
                             "choose another --out")
         return None, {}
     with reading(path, "a progress file", f"; remove {folder} and prepare it again"):
-        if any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
-            raise ValueError("compressed")
+        with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type for record in archive.infolist()):
+                raise ValueError("compressed")
         with np.load(path) as arrays:
             pending = {split: arrays[split] for split in SPLITS if split in arrays}
             state = json.loads(arrays["state"].tobytes())
         check_spec(state["tokenizer"])
         check_entries(state["shards"])
         source, in_source, count, n_bytes = state["position"]
-        is_number = in_source is not None and not isinstance(in_source, dict)  # else nothing, or a state of datasets
-        numbers = [source, count, n_bytes] + [in_source] * is_number
+        numbers = [source, count, n_bytes]
+        if not isinstance(in_source, (dict, type(None))):  # else a state of datasets, or the beginning
+            numbers.append(in_source)
         check_types(numbers, [0])
         if not all(0 <= n < 2**53 for n in numbers):
             raise ValueError("out of range")
@@ -1541,8 +1550,9 @@ def ask(session, url, body, prompt):
         try:
             answer = session.post(url, json=body, timeout=(30, TIMEOUT), allow_redirects=False, stream=True)
             content = answer.raw.read(MAX_ANSWER, decode_content=True)
-            if key := session.headers.get("Authorization", "").removeprefix("Bearer "):
-                content = content.replace(key.encode(), b"***")  # a server may repeat what it was sent
+            key = session.headers.get("Authorization", "").removeprefix("Bearer ")
+            if len(key) >= 16:  # a server may repeat it; a shorter one is a dummy, and may be a word
+                content = content.replace(key.encode(), b"***")
             status = answer.status_code
             if status in (401, 403):  # no prompt will ever be answered
                 has_key = "Authorization" in session.headers
@@ -1560,7 +1570,7 @@ def ask(session, url, body, prompt):
                 return prompt, response, choice.get("finish_reason"), False
             problem = "an empty response"
         except InvalidHeader:
-            return prompt, None, "a Retry-After header that is not a whole number of seconds", True
+            return prompt, None, "a Retry-After header without seconds or a date", True
         except (InvalidURL, LocationValueError):
             raise UserError(f"--endpoint: {url} is not an address") from None
         except (ProtocolError, DecodeError, ValueError, LookupError, TypeError, AttributeError, RecursionError):

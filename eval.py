@@ -241,8 +241,6 @@ def measure(model, enc, path, split="val", stride=None, limit=None, doc_mask=Fal
     trained with doc_mask never attended across documents, so with doc_mask it does not here either.
     """
     T, device = model.cfg.block_size, model.lm_head.weight.device
-    if split != "val" and not os.path.isdir(path):
-        raise UserError(f"--split is for a folder of shards; {path} is measured as a whole")
     if dataset.holds_pairs(path):
         if limit or stride:
             raise UserError(f"--{'limit' if limit else 'stride'} does not apply to pairs")
@@ -304,10 +302,13 @@ def read_available_tasks(tasks, data, limit):
 
 def compare(names, text, split, stride, tasks, data, limit, device, dtype):
     """Prints a table of models, and of published scores."""
-    for name in names:  # an error now rather than after hours of measuring the first ones
+    # Errors now rather than after hours of measuring the first ones
+    if text and not os.path.isdir(text) and not dataset.holds_pairs(text):
+        dataset.open_sources(text)
+    for name in names:
         model, enc, _ = load(name, ".", device, dtype)
         check_stride(stride, model.cfg.block_size)
-        if text and not dataset.holds_pairs(text):
+        if text and os.path.isdir(text):
             read_tokens(text, enc, split, limit=1)
     tasks = read_available_tasks(tasks, data, limit)
     rows = []  # {column: cell}
@@ -356,7 +357,7 @@ def print_table(columns, rows):
 # -- serving: OpenAI's completions and chat completions, and a page that uses them
 
 RANGES = dict(max_tokens=(1, 10**6), temperature=(0.0, 2.0), top_p=(1e-6, 1.0), top_k=(0, 10**6), seed=(0, 2**63 - 1))
-# What OpenAI's API has besides, with the values that change nothing
+# OpenAI's other options, each with the values that change nothing
 UNSUPPORTED = {
     "best_of": [1], "echo": [False], "frequency_penalty": [0, 0.0], "functions": [[]], "logit_bias": [{}],
     "logprobs": [False], "n": [1], "presence_penalty": [0, 0.0], "response_format": [{"type": "text"}], "suffix": [""],
@@ -373,7 +374,7 @@ def sampling_options(request, defaults):
     for name, harmless in UNSUPPORTED.items():
         value = request.get(name)
         if (type(value), value) not in [(type(other), other) for other in (None, *harmless)]:  # 0 is not False
-            raise BadRequest(f"{name} is not supported, except {json.dumps(harmless[0])}")
+            raise BadRequest(f"{name} is not supported; leave it out, or send {json.dumps(harmless[0])}")
     if request.get("stream") not in (None, True, False):
         raise BadRequest("stream must be true or false")
     if request.get("max_completion_tokens") is not None:
@@ -381,7 +382,9 @@ def sampling_options(request, defaults):
     options = {**defaults, **{name: request[name] for name in defaults if request.get(name) is not None}}
     for name, (low, high) in RANGES.items():  # a default, from the command line, may be outside
         value = options[name]
-        if value is not defaults[name] and (type(value) not in (int, type(high)) or not low <= value <= high):
+        is_number = type(value) in (int, type(high))
+        is_allowed = is_number and (value == defaults[name] or low <= value <= high)
+        if value is not defaults[name] and not is_allowed:
             raise BadRequest(f"{name} must be a{' whole' if type(high) is int else ''} number from {low} to {high}")
     stop = options["stop"]
     stops = [stop] if isinstance(stop, str) else stop
@@ -764,6 +767,8 @@ def parse_options():
     for name, owner in owners.items():
         if not owner and getattr(a, name) != p.get_default(name):
             raise UserError(f"--{name} belongs to --{'compare' if name in ('task', 'data') else 'perplexity'}")
+    if a.perplexity and a.split != "val" and not os.path.isdir(a.perplexity):
+        raise UserError(f"--split is for a folder of shards; {a.perplexity} is measured as a whole")
     if a.compare or a.perplexity or a.export:
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed"):
             if getattr(a, name) != p.get_default(name):

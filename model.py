@@ -31,8 +31,6 @@ MAX_SIZE = 2**17  # of any number in a shape: a larger one is a mistake or a dam
 # cuDNN's attention is the fastest in the long run, but spends 25 ms or more on each new shape.
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-NOT_FINITE = "the model's output is not finite: its training has diverged, or its weights are damaged"
-
 CHOICES = {
     "pos": ("learned", "sinusoidal", "rotary"),
     "norm": ("layer", "rms"),
@@ -598,6 +596,9 @@ def graph_stream(device):
     return torch.cuda.Stream(device)  # one for all graphs: cuBLAS keeps memory for each stream
 
 
+NOT_FINITE = "the model's output is not finite: its training has diverged, or its weights are damaged"
+
+
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """logits (B, vocab) -> one token per row, (B, 1). Temperature 0 takes the most likely one."""
     if temperature < 1e-4:  # logits divided by it could overflow
@@ -617,6 +618,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     try:
         choice = torch.multinomial(probs, 1, generator=generator)
     except RuntimeError:  # on a CPU; CUDA does not check
+        if probs.isfinite().all():
+            raise
         raise UserError(NOT_FINITE) from None
     return choice if ids is None else ids.gather(-1, choice)
 
@@ -710,8 +713,12 @@ def checkpoint_files(path):
     """
     if not os.path.isdir(path):
         return [path] if os.path.exists(path) else []
-    firsts = glob.glob(os.path.join(glob.escape(path), "part_0000_of_[0-9][0-9][0-9][0-9].pt"))
-    for first in sorted(firsts, key=os.path.getmtime, reverse=True):
+    def age(file):
+        with contextlib.suppress(OSError):  # another process may be removing it
+            return -os.path.getmtime(file)
+        return 0.0
+
+    for first in sorted(glob.glob(os.path.join(glob.escape(path), "part_0000_of_[0-9][0-9][0-9][0-9].pt")), key=age):
         count = int(first[-7:-3])
         files = [part_path(path, rank, count) for rank in range(count)]
         if all(map(os.path.exists, files)):
@@ -747,12 +754,14 @@ def load_file(path, mapped=False):
     cannot run code; torch itself neither compares the checksums in the file nor limits what compressed parts of it
     expand to.
     """
-    is_zip = zipfile.is_zipfile(path)
+    with open(path, "rb") as f:
+        is_zip = f.read(4) == b"PK\3\4"  # as torch decides
     if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            # torch would find another list of records than Python if there were something before the first
-            if any(record.compress_type for record in records) or min(record.header_offset for record in records):
+        with open(path, "rb") as f, zipfile.ZipFile(f) as archive:
+            # Python takes the list of records that precedes the file's end, torch the one at the offset given there.
+            if zipfile._EndRecData(f)[zipfile._ECD_OFFSET] != archive.start_dir:
+                raise ValueError("two lists of records")
+            if any(record.compress_type for record in archive.infolist()):
                 raise ValueError("compressed")
             if part := archive.testzip():
                 raise UserError(f"{path} is damaged: the checksum of {part} is wrong")

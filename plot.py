@@ -113,7 +113,7 @@ def step_converter(kind, streams, headers):
         key, per_unit = PER_UNIT[kind]
         # A record of training includes its own step; the others come before theirs.
         points = {step + (stream == "train"): fields.get(key, 0) / per_unit for stream, records in streams.items()
-                  for step, (_, fields) in records.items()}
+                  for step, (_, fields) in records.items() if key in fields or key == "usd"}
         steps += sorted(points)
         totals += [points[step] for step in sorted(points)]
     elif any(header[kind] for header in headers):

@@ -65,7 +65,7 @@ tokenizer = "gpt2"  # for a file in data: gpt2, byte, bpe:N, a folder of prepare
 out_dir = "."  # log.txt and checkpoints/ go here
 init_from = ""  # start from these weights: a checkpoint, a run's folder, a Hugging Face folder, or a name such as gpt2
 resume = ""  # continue from: newest (also without a value), a checkpoint, a run's folder, or auto (newest, if any)
-new_data = False  # with resume: the data may be other than what the checkpoint was trained on
+new_data = False  # with resume: accept data other than what the checkpoint was trained on
 seed = 1337  # of weights, dropout and data order
 total_batch_size = 524_288  # tokens per step, over all processes
 micro_batch = 0  # sequences per forward pass; 0: as many as fit
@@ -89,7 +89,7 @@ beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
 grad_clip = 1.0  # largest gradient norm; 0: no limit
-spike_guard = 0.0  # skip a step with a loss or norm so many deviations above the mean of the last 128; 0: never
+spike_guard = 0.0  # skip a step whose loss or norm is so many standard deviations above the last 128; 0: never
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16 | float16
 tf32 = True  # multiply float32 matrices in TensorFloat-32 on CUDA
@@ -301,13 +301,13 @@ def configure(argv):
     command, file = parse(parser, argv), {}
     if path := command.get("config"):
         file = parse_values(parser, read_config(path), f"config {path}")
-        if "config" in file:
+        if file.get("config"):
             raise UserError(f"config {path} names another, {file['config']}; only one is read")
     asked = {**file, **command}
     name = asked.get("recipe", recipe)
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}" + dataset.suggest(name, RECIPES))
-    ckpt = find_resume({**SETTINGS, **asked})
+    ckpt = None if asked.get("bench") else find_resume({**SETTINGS, **asked})
     settings = dict(SETTINGS)
     for layer in (resumed_settings(parser, ckpt, asked) if ckpt else RECIPES[name], file, command):
         # What a layer says about the length of the run replaces what earlier layers say.
@@ -328,12 +328,14 @@ def configure(argv):
     for name, needed in NEEDS.items():
         other, _, value = needed.partition("=")
         is_met = settings[other] == value if value else settings[other]
-        if command.get(name) and not is_met:
+        chosen = asked if name == "patience" else command  # a config file may list all options
+        if chosen.get(name) and not is_met:
             raise UserError(f"--{name} does nothing without --{needed}")
     if settings["muon_lr"] and not settings["max_lr"]:
         raise UserError("muon_lr follows the schedule of max_lr, which is 0")
-    if settings["bench"] and (settings["resume"] or settings["dry_run"]):
-        raise UserError(f"--bench and --{'resume' if settings['resume'] else 'dry_run'} cannot be combined")
+    for name in ("resume", "dry_run"):
+        if settings["bench"] and command.get(name):
+            raise UserError(f"--bench and --{name} cannot be combined")
     if not os.path.isdir(os.path.dirname(settings["profile"]) or ".") or os.path.isdir(settings["profile"]):
         raise UserError(f"--profile={settings['profile']} must name a file, in a folder that exists")
     if re.fullmatch(r"[1-9]\d{0,8}", settings["bench"]):
@@ -457,11 +459,13 @@ def count_steps(n_rows, sequences, step=0, position=0):
 
 def steps_in_time(run, times, device):
     """With max_minutes, how many steps the run will have, as far as can be said now; the same on all processes"""
-    if not times and not run["step"]:
+    if not run["step"]:
         return UNKNOWN_STEPS
-    seconds = statistics.median(times[-20:]) if times else max(run["seconds"] / run["step"], 1e-9)
+    seconds = statistics.median(times[-20:]) if len(times) > 2 else max(run["seconds"] / run["step"], 1e-9)
     sum_left, n = all_sum(device, (60 * max_minutes - run["seconds"]) / seconds, 1)
-    return run["step"] + max(0, int(sum_left / n))  # the mean over n processes
+    steps_left = max(0, int(sum_left / n))  # the mean over n processes
+    # The first step is slow: it says nothing about the others.
+    return UNKNOWN_STEPS if steps_left and run["step"] < 3 else run["step"] + steps_left
 
 
 def step_label(step):
@@ -826,8 +830,8 @@ def initial_model(settings, asked):
 
 def open_teacher(device, amp_dtype):
     """The model that --teacher names, and its tokenizer's spec"""
-    folder = os.path.dirname(os.path.abspath(find_model(teacher)))
-    if folder == os.path.abspath(os.path.join(out_dir, "checkpoints")):
+    folder = os.path.dirname(os.path.realpath(find_model(teacher)))
+    if folder == os.path.realpath(os.path.join(out_dir, "checkpoints")):
         raise UserError(f"the teacher {teacher} is in this run's own folder; choose another --out_dir")
     model, known = open_model(teacher, device=device, dtype="float32" if amp_dtype == torch.float32 else "auto")
     if model.cfg.block_size < block_size:
@@ -1172,7 +1176,7 @@ def read_run(path):
     hint = f"; if it was not written by train.py, start from its weights with --init_from={path}"
     with dataset.reading(path, "a checkpoint of train.py", hint):
         run = ckpt["run"] = {**new_run(), **ckpt["run"]}
-        like = {**new_run(), "recent": [[0.0]], "wandb_id": run["wandb_id"]}
+        like = {**new_run(), "recent": [[0.0]], "wandb_id": None if run["wandb_id"] is None else ""}
         dataset.check_types(ckpt, dict(
             run=like, step=0, micro_batch=0, loader=dict(position=0), data_fingerprint="", train_config={},
             optimizers=[dict(state={})], scaler={}))
@@ -1299,7 +1303,7 @@ def remove_unfinished():
         path = os.path.join(folder, name)
         is_incomplete = re.fullmatch(r"model_\d+\.pt", name) and not checkpoint_files(path)
         if is_incomplete:
-            print(f"{path} lacks parts: removed", flush=True)
+            print(f"removed {path}: some of its parts are missing", flush=True)
         if is_incomplete or re.fullmatch(r"model_\d+\.pt\.tmp", name):
             remove_path(path)
 
@@ -1401,10 +1405,13 @@ def prepare_out_dir(run, ckpt):
     """Renames an older run's files, or checkpoints later than the one resumed from: nothing is overwritten."""
     log, checkpoints = os.path.join(out_dir, "log.txt"), os.path.join(out_dir, "checkpoints")
     resumes_here = ckpt and os.path.samefile(os.path.dirname(ckpt["path"]) or ".", checkpoints)
-    foreign = [name for name in os.listdir(checkpoints) if not re.match(r"model_\d+(\.\d+)?\.pt", name)]
-    for path, is_odd in ((log, True), (checkpoints, foreign)):  # links in a stranger's folder could lead anywhere
-        if os.path.islink(path) and is_odd:
-            raise UserError(f"{path} is a link to something else; choose another --out_dir")
+    # Links in a stranger's folder could lead anywhere.
+    if os.path.islink(log):
+        raise UserError(f"{log} is a link; remove it, or choose another --out_dir")
+    foreign = [name for name in os.listdir(checkpoints) if not re.match(r"model_\d|\.|lost\+found$", name)]
+    if os.path.islink(checkpoints) and foreign:
+        raise UserError(f"{checkpoints} is a link to a folder with other files, such as {foreign[0]}; choose another "
+                        "--out_dir")
     remove_unfinished()
     if resumes_here:
         old = [path for path in find_checkpoints(out_dir) if checkpoint_step(path) > run["step"]]
@@ -1468,7 +1475,7 @@ def describe(model, world_size, sequences, n_rows, begin, device_name):
     passes = f" = {rows / n_rows:.2f} epochs" if n_rows else ""
     length = f"{max_steps:,} steps = {tokens:,} tokens{since}{passes}, {model.flops_per_token() * tokens:.2e} FLOPs"
     if not max_steps:
-        length = f"{epochs:g} epochs; the steps are known once the data is there"
+        length = f"{epochs:g} epochs; the steps are known once the data is prepared"
     if max_minutes:
         length = f"{max_minutes:g} minutes of training"
     print(f"run: {length}")
@@ -1503,7 +1510,7 @@ def print_plan(world_size, sequences, model, spec, begin, network=None):
     describe(model, world_size, sequences, n_rows, begin, "none (dry run)")
     n = model.cfg.vocab_size
     if teacher:
-        print(f"teacher: what {teacher} takes of time and memory is not included in what follows")
+        print(f"teacher: the time and memory that {teacher} takes are not included below")
     elif not (init_from or resume):
         print(f"loss before training: about ln({n:,}) = {math.log(n):.2f} nats per token, as of a uniform guess")
     if network:
@@ -1878,7 +1885,7 @@ if __name__ == "__main__":
         run["step"] = step
         if max_minutes:
             max_steps = steps_in_time(run, times, device)
-        # Whether the checkpoint resumed from lacks anything, apart from its new data
+        # Whether there is anything to save that the checkpoint resumed from lacks; new data alone is nothing
         has_changed = step > first_step or not (run["evaluated"] or new_data)
         if not run["evaluated"] and not stop:
             with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
@@ -1940,7 +1947,7 @@ if __name__ == "__main__":
     if profiler and is_last(run):
         write_profile(profiler, sum(times[-PROFILED_STEPS:]))
     elif profile and is_main:
-        print("no profile: the last steps were not run")
+        print("no profile was written: the run ended before its last steps")
     if is_main and bench:
         print_bench(times, flops_per_token, peak, world_size, device, dict(
             micro_batch=loader.B, dtype=amp_name, compiled="loss" in vars(raw_model), parameters=n_parameters))
