@@ -3187,8 +3187,13 @@ def test_a_file_in_which_torch_and_python_find_different_records_is_refused(tmp_
     n, size = listed.count(b"PK\1\2"), len(listed)
     bomb, hidden = pack(torch.ones(10**6), zipfile.ZIP_DEFLATED, len(records))
     start = len(records) + len(bomb)
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, n, n, size, start + size + 22, len(hidden))
-    files = {"after": records + bomb + listed + end + hidden, "no zip": bomb + hidden + b"PK\5\6xxxxx"}
+
+    def end(offset, n_after):
+        return struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, n, n, size, offset, n_after)
+
+    alone = b"".join(pack(torch.ones(10**6), zipfile.ZIP_DEFLATED, 0))
+    files = {"after": records + bomb + listed + end(start + size + 22, len(hidden)) + hidden,
+             "no zip for Python": alone + end(len(alone) - size, 0) + b"PK\5\6xxxxx"}
     for name, content in files.items():
         (tmp_path / f"{name}.pt").write_bytes(content)
         with pytest.raises(UserError, match="is not a checkpoint, or is damaged"):
