@@ -11,6 +11,7 @@ import glob
 import importlib.util
 import math
 import os
+import pickletools
 import re
 import sys
 import zipfile
@@ -763,6 +764,12 @@ def load_file(path, mapped=False):
                 raise ValueError("two lists of records")
             if any(record.compress_type for record in archive.infolist()):
                 raise ValueError("compressed")
+            for name in archive.namelist():
+                # torch would make a bytearray of any size
+                if name.endswith("data.pkl") and any(
+                        operation.name == "GLOBAL" and argument.endswith(" bytearray")
+                        for operation, argument, _ in pickletools.genops(archive.read(name))):
+                    raise ValueError("a bytearray")
             if part := archive.testzip():
                 raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
     classes = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []

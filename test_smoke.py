@@ -3200,6 +3200,18 @@ def test_a_file_in_which_torch_and_python_find_different_records_is_refused(tmp_
             read_checkpoint(str(tmp_path / f"{name}.pt"))
 
 
+def test_a_checkpoint_cannot_ask_for_a_large_piece_of_memory(workspace, tmp_path):
+    class Large:
+        def __reduce__(self):
+            return bytearray, (10**6,)
+
+    ckpt = torch.load(workspace / CKPT)
+    torch.save({**ckpt, "more": Large()}, tmp_path / "model.pt")
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["more"] == bytes(10**6)
+    with pytest.raises(UserError, match="is not a checkpoint, or is damaged .ValueError."):
+        read_checkpoint(str(tmp_path / "model.pt"))
+
+
 def test_finite_weights_whose_logits_are_not_are_reported():
     model = lively()
     model.lm_head.weight.data *= 1e38
