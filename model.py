@@ -749,6 +749,12 @@ class ForeignConfig:
     """Stands in for the class GPTConfig in build-nanogpt's checkpoints: its fields, without its code"""
 
 
+def makes_bytearray(pickled):
+    """Whether a pickle makes a bytearray: torch allows that, of any size, though no checkpoint needs it."""
+    return any(operation.name == "GLOBAL" and argument.endswith(" bytearray")
+               for operation, argument, _ in pickletools.genops(pickled))
+
+
 def load_file(path, mapped=False):
     """
     What torch.save wrote, on the CPU; mapped, several processes share its memory. With weights_only a hostile file
@@ -764,12 +770,9 @@ def load_file(path, mapped=False):
                 raise ValueError("two lists of records")
             if any(record.compress_type for record in archive.infolist()):
                 raise ValueError("compressed")
-            for name in archive.namelist():
-                # torch would make a bytearray of any size
-                if name.endswith("data.pkl") and any(
-                        operation.name == "GLOBAL" and argument.endswith(" bytearray")
-                        for operation, argument, _ in pickletools.genops(archive.read(name))):
-                    raise ValueError("a bytearray")
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+            if any(map(makes_bytearray, pickles)):
+                raise ValueError("a bytearray")
             if part := archive.testzip():
                 raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
     classes = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []

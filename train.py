@@ -1885,7 +1885,7 @@ if __name__ == "__main__":
         run["step"] = step
         if max_minutes:
             max_steps = steps_in_time(run, times, device)
-        # Whether there is anything to save that the checkpoint resumed from lacks; new data alone is nothing
+        # At the step resumed from there is nothing new to save, unless it was not evaluated yet, on the same data.
         has_changed = step > first_step or not (run["evaluated"] or new_data)
         if not run["evaluated"] and not stop:
             with autocast(device, amp_dtype), torch.compiler.set_stance("eager_on_recompile"):
